@@ -1,0 +1,318 @@
+//! Arguments to command to exit code. What the commands do is elsewhere.
+
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use clap::{Args, Parser, Subcommand};
+use tokio::time::Instant;
+use tracing::level_filters::LevelFilter;
+
+use crate::config::Config;
+use crate::desired::desired;
+use crate::eni::Attached;
+use crate::imds::{self, Imds, Scope};
+use crate::lock;
+use crate::metadata::{self, Tree};
+use crate::netlink::Netlink;
+use crate::plan::{Plan, fresh_machine, plan};
+use crate::policy;
+use crate::reconcile::{self, NotPermitted, Options};
+use crate::report::{Exit, Report};
+use crate::status::status;
+
+const EXAMPLES: &str = "\
+Examples:
+  eniup plan                  what would change, as ip(8) commands; changes nothing
+  sudo eniup reconcile        make the kernel agree with instance metadata
+  eniup status                every ENI, as metadata and the kernel have it
+  sudo eniup release          take away everything that eniup added
+
+Exit codes:
+  0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
+  64 usage   69 metadata unavailable   75 another run is busy   77 needs CAP_NET_ADMIN   78 bad configuration";
+
+/// Makes every elastic network interface (ENI) of an EC2 instance work.
+///
+/// Reads instance metadata (IMDSv2) and makes the kernel agree by netlink: links up, addresses, source-based policy
+/// routing. A packet whose source address belongs to an ENI leaves by that ENI; the primary ENI stays as it is.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLES, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Args)]
+struct Global {
+    /// Say more: why nothing was done, and what was there already. Twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+
+    /// Say only what went wrong.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+
+    /// Where the metadata service is, instead of 169.254.169.254 and fd00:ec2::254.
+    #[arg(long, global = true, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
+    imds_endpoint: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make the kernel agree with metadata; what boot, udev and the timer run.
+    Reconcile {
+        /// Only print what would change, like `eniup plan`.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Print what would change, as ip(8) commands; changes nothing and needs no privilege.
+    Plan {
+        /// Read metadata from a saved snapshot: a JSON object whose `leaves` maps metadata paths to their text. If it
+        /// is another machine's, the plan is for a fresh one with its links named eth0, eth1, …
+        #[arg(long, value_name = "FILE")]
+        metadata: Option<PathBuf>,
+        /// Exit with 2 when something would change.
+        #[arg(long)]
+        detailed_exitcode: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Show every ENI as metadata and the kernel have it.
+    Status {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Take away everything that eniup added, and nothing else; asks no metadata.
+    Release {
+        /// Only print what would be taken away.
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+}
+
+#[derive(Args)]
+struct Timeout {
+    /// When to give up waiting, for another run, for metadata or for an ENI that is not all there yet: 500ms, 30s, 2m.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = policy::TIMEOUT)]
+    timeout: Duration,
+}
+
+impl Timeout {
+    fn deadline(&self) -> Instant {
+        // An hour is as good as for ever, and far from what an instant can hold.
+        Instant::now() + self.timeout.min(Duration::from_secs(3600))
+    }
+}
+
+/// Runs the command of the process's arguments and gives its exit code.
+pub fn run() -> Exit {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+            // Nobody is left to tell when even this cannot be printed.
+            let _ = error.print();
+            return exit;
+        }
+    };
+    start_log(&cli.global);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(dispatch(&cli)),
+        Err(error) => Err(anyhow!(error).context("starting the runtime")),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("eniup: {error:#}");
+        exit_of(&error)
+    })
+}
+
+fn start_log(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => LevelFilter::INFO,
+        (false, 1) => LevelFilter::DEBUG,
+        (false, _) => LevelFilter::TRACE,
+    };
+    let has_colour =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(has_colour)
+        .without_time()
+        .with_target(false)
+        .init();
+}
+
+/// The exit code that an error stands for.
+fn exit_of(error: &anyhow::Error) -> Exit {
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<imds::Error>() {
+            return if matches!(error, imds::Error::BadEndpoint { .. }) {
+                Exit::Usage
+            } else {
+                Exit::MetadataUnavailable
+            };
+        }
+        if cause.is::<metadata::Unusable>() {
+            return Exit::MetadataUnavailable;
+        }
+        if cause.is::<lock::Busy>() {
+            return Exit::Busy;
+        }
+        if cause.is::<NotPermitted>() {
+            return Exit::NotPermitted;
+        }
+    }
+    Exit::Failed
+}
+
+async fn dispatch(cli: &Cli) -> Result<Exit> {
+    let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
+    let config = Config::default();
+    match &cli.command {
+        Command::Reconcile { dry_run: true, timeout } => {
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            show_plan(&attached, &plan, false, false)
+        }
+        Command::Reconcile { dry_run: false, timeout } => {
+            check_permission()?;
+            show_report(&reconcile::reconcile(&options(endpoint, timeout, config)).await?)
+        }
+        Command::Plan { metadata: Some(file), detailed_exitcode, json, timeout: _ } => {
+            let (attached, plan) = plan_offline(file, &config).await?;
+            show_plan(&attached, &plan, *detailed_exitcode, *json)
+        }
+        Command::Plan { metadata: None, detailed_exitcode, json, timeout } => {
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            show_plan(&attached, &plan, *detailed_exitcode, *json)
+        }
+        Command::Status { json, timeout } => show_status(endpoint, timeout.deadline(), &config, *json).await,
+        Command::Release { dry_run: true, timeout } => {
+            for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
+                print(&format!("{step}\n"))?;
+            }
+            Ok(Exit::Ok)
+        }
+        Command::Release { dry_run: false, timeout } => {
+            check_permission()?;
+            show_report(&reconcile::release_all(&options(endpoint, timeout, config)).await?)
+        }
+    }
+}
+
+fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options {
+    Options {
+        endpoint: endpoint.map(String::from),
+        deadline: timeout.deadline(),
+        directory: lock::runtime_directory(),
+        config,
+    }
+}
+
+/// Said before anything is read, so that nobody waits for metadata only to hear it then.
+fn check_permission() -> Result<()> {
+    const CAP_NET_ADMIN: u64 = 12;
+    let status = fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    match effective.is_none_or(|bits| bits >> CAP_NET_ADMIN & 1 == 1) {
+        true => Ok(()),
+        false => Err(NotPermitted.into()),
+    }
+}
+
+/// Another machine's snapshot says nothing of this one's links, so the plan is made for a fresh machine.
+async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> {
+    let text = fs::read(file).with_context(|| format!("reading the snapshot {}", file.display()))?;
+    let text = String::from_utf8(text).map_err(|error| {
+        anyhow!("the snapshot {} is not UTF-8 (byte {})", file.display(), error.utf8_error().valid_up_to())
+    })?;
+    let tree = Tree::from_json(&text).with_context(|| format!("reading the snapshot {}", file.display()))?;
+    let attached = metadata::attached(&tree).with_context(|| format!("the snapshot {}", file.display()))?;
+    let mut observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
+        tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
+        observed = fresh_machine(&attached);
+    }
+    let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
+    Ok((attached, plan))
+}
+
+fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
+    let troubles = reconcile::preview_troubles(attached, plan);
+    if is_json {
+        let steps: Vec<serde_json::Value> = plan.steps.iter().map(|step| step.to_json()).collect();
+        let troubles: Vec<serde_json::Value> = troubles
+            .iter()
+            .map(|(eni, trouble)| serde_json::json!({ "eni": eni, "state": trouble.state, "why": trouble.why }))
+            .collect();
+        let shown = serde_json::json!({ "schema": 1, "steps": steps, "troubles": troubles, "notes": plan.notes });
+        print(&format!("{shown:#}\n"))?;
+    } else {
+        for step in &plan.steps {
+            print(&format!("{step}\n"))?;
+        }
+    }
+    for note in &plan.notes {
+        tracing::warn!("{note}");
+    }
+    for (eni, trouble) in &troubles {
+        tracing::warn!("{eni} is {}: {}", trouble.state, trouble.why);
+    }
+    match (troubles.is_empty(), is_detailed && !plan.steps.is_empty()) {
+        (false, _) => Ok(Exit::Degraded),
+        (true, true) => Ok(Exit::Differences),
+        (true, false) => Ok(Exit::Ok),
+    }
+}
+
+fn show_report(report: &Report) -> Result<Exit> {
+    for note in &report.notes {
+        tracing::warn!("{note}");
+    }
+    for line in report.to_string().lines() {
+        tracing::warn!("{line}");
+    }
+    tracing::debug!("{} changes made", report.changes);
+    Ok(report.exit())
+}
+
+async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config, is_json: bool) -> Result<Exit> {
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
+    let attached = metadata::attached(&tree)?;
+    let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
+    let status = status(&tree, &attached, &observed, &plan, config);
+    if is_json {
+        print(&format!("{}\n", serde_json::to_string_pretty(&status)?))?;
+    } else {
+        print(&status.to_string())?;
+    }
+    Ok(status.exit())
+}
+
+/// To stdout. A reader that went away (`| head`) has what it wanted.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,30 @@
+//! What the administrator may choose. Nothing needs to be configured: the defaults come from `policy`.
+
+use crate::policy;
+
+/// The numbers by which eniup marks and orders what it puts into the kernel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Protocol number on every address, route and rule of ours, 1..=255.
+    pub mark: u8,
+    /// Table of the ENI in slot 0/0; the others follow at 100 a card and 1 a device.
+    pub table_base: u32,
+    /// Priority of the guard rule; below every source rule's.
+    pub guard_priority: u32,
+    /// Added to an ENI's table number for the priority of a rule that covers its whole subnet.
+    pub subnet_rule_offset: u32,
+    /// Link group of attached ENIs.
+    pub link_group: u32,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            mark: policy::MARK,
+            table_base: policy::TABLE_BASE,
+            guard_priority: policy::GUARD_PRIORITY,
+            subnet_rule_offset: policy::SUBNET_RULE_OFFSET,
+            link_group: policy::LINK_GROUP,
+        }
+    }
+}

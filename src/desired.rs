@@ -1,0 +1,286 @@
+//! From the attached ENIs to what the kernel should have: per ENI its link, addresses, routes and rules, keyed by MAC.
+//! Which link carries that MAC, and what is there already, is for `plan`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+
+use crate::config::Config;
+use crate::cover::{cover, exact, of_family};
+use crate::eni::{Attached, Eni, show_source};
+use crate::net::{Address, Family, MacAddr, Route, Rule};
+use crate::policy;
+
+/// A desired object with the reason it is wanted, for people.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Wanted<T> {
+    pub object: T,
+    pub reason: String,
+}
+
+fn wanted<T>(object: T, reason: impl Into<String>) -> Wanted<T> {
+    Wanted { object, reason: reason.into() }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Desired {
+    pub enis: BTreeMap<MacAddr, DesiredEni>,
+    /// Rules that belong to no single ENI.
+    pub rules: Vec<Wanted<Rule>>,
+    /// ENIs that are listed but pending: nothing of theirs may be removed.
+    pub pending: BTreeSet<MacAddr>,
+    /// Whether the snapshot told all there is, so that what it does not name does not exist.
+    pub is_complete: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DesiredEni {
+    pub id: String,
+    pub table: u32,
+    pub link: DesiredLink,
+    /// In the order in which they are to be added: the primary IPv4 address stands before the secondary ones.
+    pub addresses: Vec<Wanted<Address>>,
+    /// In the order in which they are to be added: a gateway after the route by which it is reached.
+    pub routes: Vec<Wanted<Route>>,
+    pub rules: Vec<Wanted<Rule>>,
+    /// Families for which a socket bound to the link finds its way by the ENI's table.
+    pub bound_families: Vec<Family>,
+    /// Whether all that metadata gives it is desired; if not (a dispute), nothing of what is there may be removed.
+    pub is_whole: bool,
+    /// Whether metadata gives it any address; one that has none needs no link either (EFA-only).
+    pub has_addresses: bool,
+}
+
+/// How an ENI's link should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DesiredLink {
+    /// The primary's: the distribution looks after it.
+    Left,
+    /// A secondary ENI's: up, as large as the primary's, deaf to router advertisements, known by more names.
+    Kept { altnames: Vec<String> },
+}
+
+/// What the kernel should have, from metadata and configuration alone.
+pub fn desired(attached: &Attached, config: &Config) -> Desired {
+    let has_secondary = attached.ready.keys().any(|mac| *mac != attached.primary);
+    let mut desired = Desired {
+        enis: BTreeMap::new(),
+        rules: Vec::new(),
+        pending: attached.pending.keys().copied().collect(),
+        is_complete: attached.is_complete(),
+    };
+    if !has_secondary {
+        // One ENI alone needs no policy routing: only its missing secondary addresses.
+        if let Some(primary) = attached.primary_eni() {
+            desired.enis.insert(
+                attached.primary,
+                DesiredEni { routes: Vec::new(), rules: Vec::new(), ..primary_eni(attached, primary, config) },
+            );
+        }
+        return desired;
+    }
+    for family in Family::BOTH {
+        let reason = "routes of containers, bridges and tunnels in main go before those of the ENIs";
+        desired.rules.push(wanted(policy::guard_rule(config, family), reason));
+    }
+    for (mac, eni) in &attached.ready {
+        let eni = match *mac == attached.primary {
+            true => primary_eni(attached, eni, config),
+            false => secondary_eni(attached, *mac, eni, config),
+        };
+        desired.enis.insert(*mac, eni);
+    }
+    desired
+}
+
+/// The primary ENI stays as the distribution made it. Added are its missing secondary addresses, and narrow rules that
+/// keep its replies to the other ENIs' subnets symmetric when another manager has put those subnets into `main`
+/// (amazon-ec2-net-utils issue 174).
+fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
+    let table = policy::table(config, eni.slot);
+    let mut routes = Vec::new();
+    let mut rules = Vec::new();
+    for family in Family::BOTH {
+        let subnets = other_subnets(attached, family);
+        if !eni.has_family(family) || subnets.is_empty() {
+            continue;
+        }
+        routes.extend(table_routes(eni, family, table, config));
+        for source in sources_of_rules(attached, attached.primary, eni, family) {
+            for subnet in &subnets {
+                let rule =
+                    Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
+                let reason = format!("{}'s own traffic to another ENI's subnet leaves by {}", eni.id, eni.id);
+                rules.push(wanted(rule, reason));
+            }
+        }
+    }
+    // The first address of each family is the distribution's, by DHCP; metadata lists it first.
+    let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().skip(1));
+    let addresses = secondaries.map(|address| {
+        let net = IpNet::from(address);
+        wanted(policy::address(config, net, address.is_ipv6()), format!("secondary address of {}", eni.id))
+    });
+    DesiredEni {
+        id: eni.id.clone(),
+        table,
+        link: DesiredLink::Left,
+        addresses: addresses.collect(),
+        routes,
+        rules,
+        bound_families: Vec::new(),
+        is_whole: true,
+        has_addresses: true,
+    }
+}
+
+fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) -> DesiredEni {
+    let table = policy::table(config, eni.slot);
+    let families: Vec<Family> = Family::BOTH.into_iter().filter(|family| eni.has_family(*family)).collect();
+    let mut routes = Vec::new();
+    let mut rules = Vec::new();
+    for &family in &families {
+        let reason = format!("{} fails closed: without its link its traffic goes nowhere", eni.id);
+        routes.push(wanted(policy::unreachable_default(config, table, family), reason));
+        routes.extend(table_routes(eni, family, table, config));
+        if is_first_of_missing_family(attached, mac, family) {
+            routes.extend(main_default(eni, family, config));
+        }
+        rules.extend(source_rules(attached, mac, eni, family, config));
+    }
+    DesiredEni {
+        id: eni.id.clone(),
+        table,
+        link: DesiredLink::Kept { altnames: policy::altnames(&eni.id, eni.slot) },
+        addresses: addresses(eni, config),
+        routes,
+        rules,
+        bound_families: families.clone(),
+        is_whole: !attached.disputes.contains_key(&mac),
+        has_addresses: !families.is_empty(),
+    }
+}
+
+/// The primary IPv4 address with the subnet's length, so that the kernel takes it as source for the ENI's traffic;
+/// secondary ones as /32 after it, since a /24 added first would take its place, and /24 ones vanish with their primary
+/// when `promote_secondaries` is 0. IPv6 as /128, all but the first deprecated: otherwise the address added last would
+/// become the source of unbound traffic.
+fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
+    let length = eni.ipv4_subnet.map_or(32, |subnet| subnet.prefix_len());
+    let mut addresses = Vec::new();
+    for (n, address) in Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().enumerate()) {
+        let net = match address.is_ipv4() && n == 0 {
+            true => IpNet::new(address, length).unwrap_or_else(|_| address.into()),
+            false => address.into(),
+        };
+        let kind = if n == 0 { "first" } else { "secondary" };
+        let reason = format!("{kind} address of {}", eni.id);
+        addresses.push(wanted(policy::address(config, net, address.is_ipv6() && n > 0), reason));
+    }
+    addresses
+}
+
+/// The subnet on-link and everything else by the VPC router. No `src`: it would need the address first, and the kernel
+/// picks the ENI's first address by itself.
+fn table_routes(eni: &Eni, family: Family, table: u32, config: &Config) -> Vec<Wanted<Route>> {
+    let mut routes = Vec::new();
+    for subnet in eni.subnets(family) {
+        routes.push(wanted(policy::route(config, subnet, None, table, family), format!("subnet of {}", eni.id)));
+    }
+    if let Some(router) = eni.router(family) {
+        let route = policy::route(config, family.everything(), Some(router), table, family);
+        routes.push(wanted(route, format!("VPC router of {}", eni.id)));
+    }
+    routes
+}
+
+/// Without a default of its own, a family that only a secondary ENI has could not be used by unbound traffic at all.
+fn main_default(eni: &Eni, family: Family, config: &Config) -> Option<Wanted<Route>> {
+    let route = Route {
+        // `main` has no connected route for this subnet; IPv6's router is link-local and needs none.
+        is_onlink: family == Family::V4,
+        metric: policy::MAIN_METRIC,
+        ..policy::route(config, family.everything(), Some(eni.router(family)?), policy::MAIN_TABLE, family)
+    };
+    Some(wanted(route, format!("the primary ENI has no {family}, and {} is the first that has", eni.id)))
+}
+
+/// Whether this ENI is the first (by card, then device) with a family that the primary ENI is known not to have.
+fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family) -> bool {
+    let is_missing = attached.primary_eni().is_some_and(|primary| primary.addresses(family).is_empty());
+    let with_family = attached.ready.iter().filter(|(_, eni)| eni.has_family(family));
+    is_missing && with_family.min_by_key(|(_, eni)| eni.slot).is_some_and(|(first, _)| *first == mac)
+}
+
+fn source_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Rule>> {
+    let table = policy::table(config, eni.slot);
+    let mut rules = Vec::new();
+    for source in sources_of_rules(attached, mac, eni, family) {
+        let priority = if source.is_subnet { table + config.subnet_rule_offset } else { table };
+        let reason = format!("traffic from {} leaves by {}", show_source(&source.prefix), eni.id);
+        rules.push(wanted(policy::source_rule(config, source.prefix, family, priority, table), reason));
+    }
+    for prefix in eni.prefixes(family) {
+        // No `iif lo`: these sources live in containers, their packets are forwarded.
+        let rule = Rule { from: Some(prefix), ..policy::rule(config, family, table, table) };
+        rules.push(wanted(rule, format!("traffic from delegated prefix {prefix} leaves by {}", eni.id)));
+    }
+    rules
+}
+
+struct SourceOfRule {
+    prefix: IpNet,
+    /// The whole subnet, which no other ENI has an address in.
+    is_subnet: bool,
+}
+
+/// The prefixes that stand for an ENI's addresses in rules.
+fn sources_of_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family) -> Vec<SourceOfRule> {
+    let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
+    let others = other_sources(attached, mac, family);
+    let mut sources = Vec::new();
+    for subnet in eni.subnets(family) {
+        let inside: Vec<IpNet> = own.iter().filter(|source| subnet.contains(*source)).copied().collect();
+        if inside.is_empty() {
+            continue;
+        }
+        let prefixes = match &others {
+            // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any,
+            // come before a rule for the whole subnet.
+            Others::NotAllKnown(known) if known.iter().any(|other| subnet.contains(other)) => exact(&inside),
+            Others::NotAllKnown(known) | Others::Known(known) => cover(&inside, known, subnet),
+        };
+        sources.extend(prefixes.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: prefix == subnet }));
+    }
+    sources
+}
+
+enum Others {
+    Known(Vec<IpNet>),
+    NotAllKnown(Vec<IpNet>),
+}
+
+/// What the other attached ENIs send from, ready or not.
+fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
+    let ready = attached.ready.iter().filter(|(other, _)| **other != mac);
+    let mut sources: Vec<IpNet> = ready.flat_map(|(_, eni)| eni.sources(family)).collect();
+    let disputed = attached.disputes.iter().filter(|(other, _)| **other != mac).flat_map(|(_, disputes)| disputes);
+    let disputed: Vec<IpNet> = disputed.map(|dispute| dispute.source).collect();
+    sources.extend(of_family(&disputed, family));
+    let mut are_all_known = attached.malformed.is_empty();
+    for pending in attached.pending.values() {
+        match &pending.sources {
+            Some(known) => sources.extend(of_family(known, family)),
+            None => are_all_known = false,
+        }
+    }
+    if are_all_known { Others::Known(sources) } else { Others::NotAllKnown(sources) }
+}
+
+/// The subnets of all ENIs but the primary, as far as known.
+fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
+    let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
+    let ready = ready.filter(|(_, eni)| eni.has_family(family)).flat_map(|(_, eni)| eni.subnets(family));
+    let pending = attached.pending.iter().filter(|(mac, _)| **mac != attached.primary);
+    ready.chain(pending.flat_map(|(_, pending)| of_family(&pending.subnets, family))).collect()
+}

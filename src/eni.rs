@@ -1,0 +1,202 @@
+//! EC2's words: what instance metadata says of the attached network interfaces, parsed and checked.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::Serialize;
+
+use crate::net::{Family, HasFamily, MacAddr};
+
+/// Where an ENI is plugged in. Device numbers repeat on every network card.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct Slot {
+    pub network_card: u32,
+    pub device_number: u32,
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}/{}", self.network_card, self.device_number)
+    }
+}
+
+/// An attached ENI of which metadata tells all that routing needs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Eni {
+    pub id: String,
+    pub slot: Slot,
+    /// The primary private address first. Empty on an IPv6-only or EFA-only ENI.
+    pub ipv4s: Vec<Ipv4Addr>,
+    pub ipv6s: Vec<Ipv6Addr>,
+    pub ipv4_subnet: Option<Ipv4Net>,
+    pub ipv6_subnets: Vec<Ipv6Net>,
+    /// Delegated prefixes, /28 each; their addresses live in containers.
+    pub ipv4_prefixes: Vec<Ipv4Net>,
+    /// Delegated prefixes, /80 each.
+    pub ipv6_prefixes: Vec<Ipv6Net>,
+}
+
+impl Eni {
+    /// The private addresses of a family, in metadata's order.
+    pub fn addresses(&self, family: Family) -> Vec<IpAddr> {
+        match family {
+            Family::V4 => self.ipv4s.iter().map(|&address| address.into()).collect(),
+            Family::V6 => self.ipv6s.iter().map(|&address| address.into()).collect(),
+        }
+    }
+
+    /// The delegated prefixes of a family.
+    pub fn prefixes(&self, family: Family) -> Vec<IpNet> {
+        match family {
+            Family::V4 => self.ipv4_prefixes.iter().map(|&prefix| prefix.into()).collect(),
+            Family::V6 => self.ipv6_prefixes.iter().map(|&prefix| prefix.into()).collect(),
+        }
+    }
+
+    /// The subnet's CIDRs of a family.
+    pub fn subnets(&self, family: Family) -> Vec<IpNet> {
+        match family {
+            Family::V4 => self.ipv4_subnet.iter().map(|&subnet| subnet.into()).collect(),
+            Family::V6 => self.ipv6_subnets.iter().map(|&subnet| subnet.into()).collect(),
+        }
+    }
+
+    /// Everything that the VPC lets this ENI send from: addresses as whole-length prefixes, and delegated prefixes.
+    pub fn sources(&self, family: Family) -> Vec<IpNet> {
+        let addresses = self.addresses(family).into_iter().map(IpNet::from);
+        addresses.chain(self.prefixes(family)).collect()
+    }
+
+    /// Whether the ENI can send packets of this family.
+    pub fn has_family(&self, family: Family) -> bool {
+        !self.subnets(family).is_empty() && !self.sources(family).is_empty()
+    }
+
+    /// Forgets disputed addresses and prefixes.
+    pub fn leave_out(&mut self, disputes: &[Dispute]) {
+        let is_disputed = |source: IpNet| disputes.iter().any(|dispute| dispute.source == source);
+        self.ipv4s.retain(|address| !is_disputed(IpAddr::from(*address).into()));
+        self.ipv6s.retain(|address| !is_disputed(IpAddr::from(*address).into()));
+        self.ipv4_prefixes.retain(|prefix| !is_disputed((*prefix).into()));
+        self.ipv6_prefixes.retain(|prefix| !is_disputed((*prefix).into()));
+    }
+
+    /// The VPC router as a next hop: subnet base + 1, or `fe80:ec2::1` for IPv6.
+    pub fn router(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.ipv4_subnet.map(|subnet| Ipv4Addr::from(u32::from(subnet.network()) + 1).into()),
+            // Answers in every subnet; used by the VPC CNI and Cilium too. Needs no router advertisement.
+            Family::V6 => Some(Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1).into()),
+        }
+    }
+}
+
+/// An ENI that is listed but cannot be used yet, or at all, from what metadata says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pending {
+    /// The ENI's id, when that key was there.
+    pub id: Option<String>,
+    pub reason: Reason,
+    /// What is known of its addresses and delegated prefixes; nothing when that is not known whole.
+    pub sources: Option<Vec<IpNet>>,
+    /// The CIDRs of its subnet, as far as known.
+    pub subnets: Vec<IpNet>,
+}
+
+/// An address or prefix that metadata gives to another ENI as well, or that overlaps one of another's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Dispute {
+    pub source: IpNet,
+    /// The other ENI's id.
+    pub by: String,
+}
+
+impl fmt::Display for Dispute {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let source = show_source(&self.source);
+        write!(f, "{source} overlaps what metadata gives to {}; it is left as it is until that is clear", self.by)
+    }
+}
+
+/// Why an ENI is pending. All but `Invalid` are expected to pass with time.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reason {
+    /// A key that must be there is not: metadata is eventually consistent.
+    NotThere { key: &'static str },
+    /// `device-number` reads 0, the placeholder before the real value has arrived.
+    PlaceholderSlot,
+    /// Another ENI has the same card and device number, so both would get one table.
+    SlotTaken { slot: Slot, by: String },
+    /// Another ENI has its first address as well.
+    SourceTaken { source: IpNet, by: String },
+    /// A key could not be read; says nothing of its value.
+    Unknown { key: String, why: String },
+    /// A value that is none; names the key, the value and what was expected.
+    Invalid { key: String, why: String },
+}
+
+impl Reason {
+    /// Whether waiting may help.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Reason::NotThere { .. }
+            | Reason::PlaceholderSlot
+            | Reason::SlotTaken { .. }
+            | Reason::SourceTaken { .. }
+            | Reason::Unknown { .. } => true,
+            Reason::Invalid { .. } => false,
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Reason::NotThere { key } => write!(f, "metadata does not have its `{key}` yet"),
+            Reason::PlaceholderSlot => {
+                write!(f, "its `device-number` reads 0, metadata's placeholder until the real one has arrived")
+            }
+            Reason::SlotTaken { slot, by } => write!(
+                f,
+                "it has network card and device number {slot}, and so has {by}: both would need the same routing table"
+            ),
+            Reason::SourceTaken { source, by } => {
+                write!(f, "metadata gives {} to it and to {by}", show_source(source))
+            }
+            Reason::Unknown { key, why } => write!(f, "its `{key}` could not be read: {why}"),
+            Reason::Invalid { key, why } => write!(f, "its `{key}` cannot be used: {why}"),
+        }
+    }
+}
+
+/// `10.0.1.5` for a single address, `10.0.1.96/28` for a prefix.
+pub fn show_source(source: &IpNet) -> String {
+    if source.prefix_len() == source.family().bits() { source.addr().to_string() } else { source.to_string() }
+}
+
+/// All that is attached, as one snapshot of metadata tells it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Attached {
+    /// The primary ENI: the one whose MAC is the top-level key `mac`.
+    pub primary: MacAddr,
+    pub ready: BTreeMap<MacAddr, Eni>,
+    pub pending: BTreeMap<MacAddr, Pending>,
+    /// Of ready ENIs: what they are left without until it is clear whose it is.
+    pub disputes: BTreeMap<MacAddr, Vec<Dispute>>,
+    /// Listed entries whose name is no MAC address, each with what is wrong.
+    pub malformed: Vec<String>,
+}
+
+impl Attached {
+    /// Whether the snapshot told all there is: only then does what it does not name not exist.
+    pub fn is_complete(&self) -> bool {
+        self.pending.is_empty() && self.disputes.is_empty() && self.malformed.is_empty()
+    }
+
+    /// The ready ENI that is the primary.
+    pub fn primary_eni(&self) -> Option<&Eni> {
+        self.ready.get(&self.primary)
+    }
+}

@@ -1,0 +1,29 @@
+//! eniup makes every elastic network interface (ENI) of an EC2 instance work: a packet whose source address belongs to
+//! an ENI leaves by that ENI, and attaching an ENI changes nothing for traffic that does not use its addresses.
+//!
+//! The modules stand in the order in which a run passes through them; `docs/ARCHITECTURE.md` tells the story.
+//!
+//! ```text
+//! imds ─► metadata::Tree ─► eni::Attached ─► desired::Desired ─┐
+//!                                                              ├─► plan::Plan ─► netlink::apply ─► plan again: empty
+//! netlink::observe ─────────────────────────► net::Observed ───┘
+//! ```
+
+pub mod cli;
+pub mod config;
+pub mod cover;
+pub mod desired;
+pub mod eni;
+pub mod imds;
+pub mod ledger;
+pub mod lock;
+pub mod metadata;
+pub mod net;
+pub mod netlink;
+pub mod operation;
+pub mod plan;
+pub mod policy;
+pub mod reconcile;
+pub mod release;
+pub mod report;
+pub mod status;

@@ -1,0 +1,5 @@
+//! The `eniup` command.
+
+fn main() {
+    std::process::exit(eniup::cli::run() as i32);
+}

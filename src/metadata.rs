@@ -1,0 +1,507 @@
+//! From a snapshot of instance metadata to the attached ENIs. The service's habits are written down here:
+//! what its keys look like, which may be absent, and how a half-propagated ENI is told from a whole one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::Deserialize;
+
+use crate::eni::{Attached, Dispute, Eni, Pending, Reason, Slot};
+use crate::net::{Family, MacAddr};
+
+/// The key that names the primary ENI's MAC; there from launch.
+pub const PRIMARY_MAC: &str = "mac";
+/// The directory with one sub-directory for each attached ENI.
+pub const INTERFACES: &str = "network/interfaces/macs/";
+
+/// What routing needs of an ENI. Everything else is for people.
+pub const ROUTING_KEYS: [&str; 9] = [
+    "device-number",
+    "interface-id",
+    "ipv4-prefix",
+    "ipv6-prefix",
+    "ipv6s",
+    "local-ipv4s",
+    "network-card",
+    "subnet-ipv4-cidr-block",
+    "subnet-ipv6-cidr-blocks",
+];
+
+/// What `status` shows besides.
+pub const DETAIL_KEYS: [&str; 8] = [
+    "owner-id",
+    "public-ipv4s",
+    "security-group-ids",
+    "security-groups",
+    "subnet-id",
+    "vpc-id",
+    "vpc-ipv4-cidr-blocks",
+    "vpc-ipv6-cidr-blocks",
+];
+
+/// The directory below an ENI with one key for each public address, naming the private one behind it.
+pub const ASSOCIATIONS: &str = "ipv4-associations/";
+
+/// The service's answer for one path: three answers, never two.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Answer {
+    Present(String),
+    /// Not found, below a listing that was read and does not name it.
+    Absent,
+    /// It could not be read; says nothing of the value.
+    Unknown(String),
+}
+
+/// A snapshot from which nothing can be concluded, so nothing is changed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unusable {
+    what: String,
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "instance metadata cannot be used: {}; nothing was changed", self.what)
+    }
+}
+
+impl std::error::Error for Unusable {}
+
+/// One snapshot: path below `/latest/meta-data/` → answer. Directories are there by their path with the final slash.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Tree {
+    answers: BTreeMap<String, Answer>,
+}
+
+impl Tree {
+    pub fn insert(&mut self, path: impl Into<String>, answer: Answer) {
+        self.answers.insert(path.into(), answer);
+    }
+
+    /// Forgets everything below a directory, so that it can be read anew.
+    pub fn forget_below(&mut self, directory: &str) {
+        self.answers.retain(|path, _| !path.starts_with(directory));
+    }
+
+    /// A path never asked for counts as absent only when the listing of its directory was read and does not name it.
+    pub fn get(&self, path: &str) -> Answer {
+        if let Some(answer) = self.answers.get(path) {
+            return answer.clone();
+        }
+        let (directory, name) = split(path);
+        match self.answers.get(directory) {
+            Some(Answer::Present(listing)) if !lines(listing).any(|line| line == name) => Answer::Absent,
+            Some(Answer::Absent) => Answer::Absent,
+            Some(Answer::Present(_)) => Answer::Unknown("it is listed but was not read".into()),
+            Some(Answer::Unknown(why)) => Answer::Unknown(why.clone()),
+            None => Answer::Unknown("it was not asked for".into()),
+        }
+    }
+
+    /// A saved snapshot: a JSON object whose `leaves` maps paths below `/latest/meta-data/` to bodies.
+    /// The listings follow from the paths; other keys of the object are ignored.
+    ///
+    /// # Errors
+    /// Text that is not JSON, or not of that shape, with line and column.
+    pub fn from_json(text: &str) -> Result<Tree> {
+        #[derive(Deserialize)]
+        struct Snapshot {
+            leaves: BTreeMap<String, String>,
+        }
+        let snapshot: Snapshot = serde_json::from_str(text)
+            .context("expected a JSON object whose `leaves` maps metadata paths to their text")?;
+        if snapshot.leaves.is_empty() {
+            bail!("`leaves` is empty: a snapshot has at least `{PRIMARY_MAC}` and the keys of one network interface");
+        }
+        Ok(Tree::from_leaves(snapshot.leaves))
+    }
+
+    fn from_leaves(leaves: BTreeMap<String, String>) -> Tree {
+        let mut listings: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for path in leaves.keys() {
+            let mut path = path.as_str();
+            while !path.is_empty() {
+                let (directory, name) = split(path);
+                listings.entry(directory.to_string()).or_default().insert(name.to_string());
+                path = directory;
+            }
+        }
+        let mut tree = Tree::default();
+        for (directory, names) in listings {
+            tree.insert(directory, Answer::Present(Vec::from_iter(names).join("\n")));
+        }
+        for (path, body) in leaves {
+            tree.insert(path, Answer::Present(body));
+        }
+        tree
+    }
+}
+
+/// `a/b/c` → `a/b/`, `c`; `a/b/` → `a/`, `b/`.
+fn split(path: &str) -> (&str, &str) {
+    let end = path.strip_suffix('/').unwrap_or(path).rfind('/').map_or(0, |slash| slash + 1);
+    path.split_at(end)
+}
+
+/// The lines of a list, without the empty ones. Values may hold spaces, so nothing else separates them.
+pub fn lines(body: &str) -> impl Iterator<Item = &str> {
+    body.lines().map(|line| line.trim_end_matches('\r')).filter(|line| !line.is_empty())
+}
+
+/// The directory of an ENI, with its final slash. Metadata spells MAC addresses in lower case.
+pub fn eni_directory(mac: MacAddr) -> String {
+    format!("{INTERFACES}{mac}/")
+}
+
+/// The MAC addresses of a listing of [`INTERFACES`], and what is wrong with the lines that are none.
+/// The real service ends each with a slash; some imitations do not.
+pub fn listed_macs(listing: &str) -> (BTreeSet<MacAddr>, Vec<String>) {
+    let mut macs = BTreeSet::new();
+    let mut malformed = Vec::new();
+    for line in lines(listing) {
+        match line.trim_end_matches('/').parse() {
+            Ok(mac) => _ = macs.insert(mac),
+            Err(why) => {
+                malformed.push(format!("`{INTERFACES}` lists an interface by a name that cannot be used: {why}"))
+            }
+        }
+    }
+    (macs, malformed)
+}
+
+/// What a snapshot says of the attached ENIs.
+///
+/// # Errors
+/// The snapshot does not say which ENIs are attached or which is the primary: then nothing can be concluded from it.
+pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
+    let unusable = |what: String| Err(Unusable { what });
+    let primary = match tree.get(PRIMARY_MAC) {
+        Answer::Present(mac) => match mac.trim().parse() {
+            Ok(mac) => mac,
+            Err(why) => return unusable(format!("its key `{PRIMARY_MAC}` names no primary ENI: {why}")),
+        },
+        Answer::Absent => return unusable(format!("it has no key `{PRIMARY_MAC}`, which names the primary ENI")),
+        Answer::Unknown(why) => return unusable(format!("its key `{PRIMARY_MAC}` could not be read: {why}")),
+    };
+    let (macs, malformed) = match tree.get(INTERFACES) {
+        Answer::Present(listing) => listed_macs(&listing),
+        Answer::Absent => return unusable(format!("it has no `{INTERFACES}`, the list of network interfaces")),
+        Answer::Unknown(why) => return unusable(format!("`{INTERFACES}` could not be read: {why}")),
+    };
+    if !macs.contains(&primary) {
+        return unusable(format!("`{INTERFACES}` does not list the primary ENI ({primary}), so it cannot be whole"));
+    }
+    let has_many_cards = macs.iter().any(|&mac| matches!(Reader { tree, mac }.get("network-card"), Answer::Present(_)));
+
+    let mut ready = BTreeMap::new();
+    let mut pending = BTreeMap::new();
+    for mac in macs {
+        let reader = Reader { tree, mac };
+        match reader.eni(mac == primary, has_many_cards) {
+            Ok(eni) => _ = ready.insert(mac, eni),
+            Err(reason) => _ = pending.insert(mac, reader.pending(reason)),
+        }
+    }
+    for (mac, reason) in slot_conflicts(primary, &ready) {
+        set_aside(mac, reason, &mut ready, &mut pending);
+    }
+    let mut disputes: BTreeMap<MacAddr, Vec<Dispute>> = BTreeMap::new();
+    for (mac, dispute) in source_conflicts(&ready) {
+        // The primary is what the machine stands on, and metadata had it from launch.
+        if mac != primary {
+            disputes.entry(mac).or_default().push(dispute);
+        }
+    }
+    for (mac, disputes) in &disputes {
+        let Some(eni) = ready.get_mut(mac) else { continue };
+        match disputes
+            .iter()
+            .find(|dispute| eni.ipv4s.first().is_some_and(|first| dispute.source == IpAddr::from(*first).into()))
+        {
+            Some(Dispute { source, by }) => {
+                let reason = Reason::SourceTaken { source: *source, by: by.clone() };
+                set_aside(*mac, reason, &mut ready, &mut pending);
+            }
+            None => eni.leave_out(disputes),
+        }
+    }
+    disputes.retain(|mac, _| ready.contains_key(mac));
+    Ok(Attached { primary, ready, pending, disputes, malformed })
+}
+
+/// From ready to pending, with all that is known of it.
+fn set_aside(
+    mac: MacAddr,
+    reason: Reason,
+    ready: &mut BTreeMap<MacAddr, Eni>,
+    pending: &mut BTreeMap<MacAddr, Pending>,
+) {
+    if let Some(eni) = ready.remove(&mac) {
+        let sources = Family::BOTH.into_iter().flat_map(|family| eni.sources(family)).collect();
+        let subnets = Family::BOTH.into_iter().flat_map(|family| eni.subnets(family)).collect();
+        pending.insert(mac, Pending { id: Some(eni.id), reason, sources: Some(sources), subnets });
+    }
+}
+
+/// ENIs that would need the same table. Which of two has its real slot cannot be known, so both wait, but never the
+/// primary: its slot is 0/0.
+fn slot_conflicts(primary: MacAddr, ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacAddr, Reason)> {
+    let mut conflicts = Vec::new();
+    for (mac, eni) in ready.iter().filter(|(mac, _)| **mac != primary) {
+        let other = ready.iter().find(|(other, candidate)| *other != mac && candidate.slot == eni.slot);
+        if let Some((_, other)) = other {
+            conflicts.push((*mac, Reason::SlotTaken { slot: eni.slot, by: other.id.clone() }));
+        }
+    }
+    conflicts
+}
+
+/// Every address and prefix that overlaps one of another ENI: an address moves in one call, and metadata may show it on
+/// both for a while.
+fn source_conflicts(ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacAddr, Dispute)> {
+    let mut owners: BTreeMap<IpNet, Vec<MacAddr>> = BTreeMap::new();
+    for (mac, eni) in ready {
+        for source in Family::BOTH.into_iter().flat_map(|family| eni.sources(family)) {
+            owners.entry(source).or_default().push(*mac);
+        }
+    }
+    let lengths: BTreeSet<u8> = owners.keys().map(IpNet::prefix_len).collect();
+    let mut conflicts = Vec::new();
+    for (source, macs) in &owners {
+        let wider = lengths.iter().filter(|length| **length <= source.prefix_len());
+        for wider in wider.filter_map(|length| Some(IpNet::new(source.addr(), *length).ok()?.trunc())) {
+            for other in owners.get(&wider).into_iter().flatten() {
+                for mac in macs.iter().filter(|mac| *mac != other) {
+                    conflicts.push((*mac, Dispute { source: *source, by: ready[other].id.clone() }));
+                    conflicts.push((*other, Dispute { source: wider, by: ready[mac].id.clone() }));
+                }
+            }
+        }
+    }
+    conflicts
+}
+
+/// Reads the keys of one ENI.
+struct Reader<'a> {
+    tree: &'a Tree,
+    mac: MacAddr,
+}
+
+impl Reader<'_> {
+    fn get(&self, key: &str) -> Answer {
+        self.tree.get(&format!("{}{key}", eni_directory(self.mac)))
+    }
+
+    fn optional(&self, key: &str) -> Result<Option<String>, Reason> {
+        match self.get(key) {
+            Answer::Present(body) => Ok(Some(body)),
+            Answer::Absent => Ok(None),
+            Answer::Unknown(why) => Err(Reason::Unknown { key: key.into(), why }),
+        }
+    }
+
+    fn eni(&self, is_primary: bool, has_many_cards: bool) -> Result<Eni, Reason> {
+        let id = self.value("interface-id")?.ok_or(Reason::NotThere { key: "interface-id" })?;
+        let slot = self.slot(is_primary, has_many_cards)?;
+        let eni = Eni {
+            id,
+            slot,
+            ipv4s: self.list("local-ipv4s")?,
+            ipv6s: self.list("ipv6s")?,
+            ipv4_subnet: self.networks::<Ipv4Net>("subnet-ipv4-cidr-block")?.into_iter().next(),
+            ipv6_subnets: self.networks("subnet-ipv6-cidr-blocks")?,
+            ipv4_prefixes: self.networks("ipv4-prefix")?,
+            ipv6_prefixes: self.networks("ipv6-prefix")?,
+        };
+        for (family, key) in [(Family::V4, "local-ipv4s"), (Family::V6, "ipv6s")] {
+            self.check_sources(&eni, family, key)?;
+        }
+        Ok(eni)
+    }
+
+    /// 0/0 is the primary's slot and, on any other ENI, what metadata says before the real value has arrived
+    /// (amazon-ec2-net-utils, `_get_device_number`). `network-card` is absent on types with one card, and for a moment
+    /// after an attach on the others.
+    fn slot(&self, is_primary: bool, has_many_cards: bool) -> Result<Slot, Reason> {
+        let device_number = self.value("device-number")?;
+        let network_card = self.value("network-card")?;
+        if is_primary {
+            return Ok(Slot { network_card: network_card.unwrap_or(0), device_number: device_number.unwrap_or(0) });
+        }
+        let device_number = device_number.ok_or(Reason::NotThere { key: "device-number" })?;
+        if network_card.is_none() && has_many_cards {
+            return Err(Reason::NotThere { key: "network-card" });
+        }
+        let slot = Slot { network_card: network_card.unwrap_or(0), device_number };
+        if slot == (Slot { network_card: 0, device_number: 0 }) {
+            return Err(Reason::PlaceholderSlot);
+        }
+        // 32 cards of 24 ENIs are the most that EC2 has; each card's ENIs need a table of their own within a hundred.
+        if slot.network_card > 99 || slot.device_number > 99 {
+            let key = if slot.network_card > 99 { "network-card" } else { "device-number" };
+            return Err(Reason::Invalid { key: key.into(), why: format!("{slot} is out of range (0 to 99)") });
+        }
+        Ok(slot)
+    }
+
+    /// Every address and prefix lies in the subnet, and with addresses there is a subnet.
+    fn check_sources(&self, eni: &Eni, family: Family, key: &'static str) -> Result<(), Reason> {
+        let subnets = eni.subnets(family);
+        if subnets.is_empty() && !eni.sources(family).is_empty() {
+            return Err(Reason::NotThere {
+                key: match family {
+                    Family::V4 => "subnet-ipv4-cidr-block",
+                    Family::V6 => "subnet-ipv6-cidr-blocks",
+                },
+            });
+        }
+        let outside = |source: &IpNet| !subnets.iter().any(|subnet| subnet.contains(source));
+        let subnets_shown = || subnets.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ");
+        if let Some(address) = eni.addresses(family).into_iter().find(|&address| outside(&IpNet::from(address))) {
+            let why = format!("{address} is outside the ENI's subnet {}", subnets_shown());
+            return Err(Reason::Invalid { key: key.into(), why });
+        }
+        if let Some(prefix) = eni.prefixes(family).into_iter().find(outside) {
+            let key = if family == Family::V4 { "ipv4-prefix" } else { "ipv6-prefix" };
+            let why = format!("{prefix} is outside the ENI's subnet {}", subnets_shown());
+            return Err(Reason::Invalid { key: key.into(), why });
+        }
+        Ok(())
+    }
+
+    /// A key that holds one value.
+    fn value<T: FromStr>(&self, key: &'static str) -> Result<Option<T>, Reason> {
+        let Some(body) = self.optional(key)? else { return Ok(None) };
+        let text = body.trim();
+        let invalid =
+            || Reason::Invalid { key: key.into(), why: format!("`{}` is not what it holds", text.escape_debug()) };
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(invalid());
+        }
+        text.parse().map(Some).map_err(|_| invalid())
+    }
+
+    /// A key that holds a list of single addresses.
+    fn list<T: FromStr + Ord + Copy + Into<IpAddr>>(&self, key: &'static str) -> Result<Vec<T>, Reason> {
+        let addresses: Vec<T> = self.parse_lines(key, "an address", |text| text.parse().ok())?;
+        match addresses.iter().map(|&address| address.into()).find(|address: &IpAddr| !is_usable(*address)) {
+            Some(address) => {
+                Err(Reason::Invalid { key: key.into(), why: format!("{address} cannot be the address of an ENI") })
+            }
+            None => Ok(addresses),
+        }
+    }
+
+    /// A key that holds CIDRs. IPv6 ones are often written without `::`; the parser takes both.
+    fn networks<T: FromStr + Ord + Copy + Into<IpNet>>(&self, key: &'static str) -> Result<Vec<T>, Reason> {
+        let networks: Vec<T> = self.parse_lines(key, "a CIDR", |text| text.parse().ok())?;
+        for &network in &networks {
+            let network: IpNet = network.into();
+            let invalid = |why: String| Err(Reason::Invalid { key: key.into(), why });
+            if network.trunc() != network {
+                return invalid(format!("{network} has host bits set ({} would be the network)", network.trunc()));
+            }
+            // EC2 makes IPv4 subnets of /16 to /28 and delegates /28, IPv6 subnets of /44 to /64 and delegates /80.
+            // A little room, but never one that would capture the traffic of half the internet.
+            let legal = match network {
+                IpNet::V4(_) => 8..=30,
+                IpNet::V6(_) => 16..=126,
+            };
+            if !legal.contains(&network.prefix_len()) {
+                return invalid(format!("{network} cannot be a subnet or delegated prefix of a VPC"));
+            }
+        }
+        Ok(networks)
+    }
+
+    fn parse_lines<T: Ord + Copy>(
+        &self,
+        key: &str,
+        what: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Vec<T>, Reason> {
+        let body = self.optional(key)?.unwrap_or_default();
+        let mut values = Vec::new();
+        let mut seen = BTreeSet::new();
+        for line in lines(&body) {
+            let value = parse(line.trim()).ok_or_else(|| Reason::Invalid {
+                key: key.into(),
+                why: format!("`{}` is not {what}", line.escape_debug()),
+            })?;
+            if seen.insert(value) {
+                values.push(value);
+            }
+        }
+        Ok(values)
+    }
+
+    /// What can be said of an ENI that is not ready.
+    fn pending(&self, reason: Reason) -> Pending {
+        let ipv4s: Result<Vec<Ipv4Addr>, _> = self.list("local-ipv4s");
+        let ipv6s: Result<Vec<Ipv6Addr>, _> = self.list("ipv6s");
+        let ipv4_prefixes: Result<Vec<Ipv4Net>, _> = self.networks("ipv4-prefix");
+        let ipv6_prefixes: Result<Vec<Ipv6Net>, _> = self.networks("ipv6-prefix");
+        let sources = match (ipv4s, ipv6s, ipv4_prefixes, ipv6_prefixes) {
+            // No address at all is "not there yet" as likely as "none": it is not known.
+            (Ok(ipv4s), Ok(ipv6s), Ok(_), Ok(_)) if ipv4s.is_empty() && ipv6s.is_empty() => None,
+            (Ok(ipv4s), Ok(ipv6s), Ok(ipv4_prefixes), Ok(ipv6_prefixes)) => {
+                let addresses = ipv4s.into_iter().map(|a| Ipv4Net::from(a).into());
+                let addresses = addresses.chain(ipv6s.into_iter().map(|a| Ipv6Net::from(a).into()));
+                let prefixes = ipv4_prefixes.into_iter().map(IpNet::from);
+                Some(addresses.chain(prefixes).chain(ipv6_prefixes.into_iter().map(IpNet::from)).collect())
+            }
+            _ => None,
+        };
+        let ipv4_subnets: Vec<Ipv4Net> = self.networks("subnet-ipv4-cidr-block").unwrap_or_default();
+        let ipv6_subnets: Vec<Ipv6Net> = self.networks("subnet-ipv6-cidr-blocks").unwrap_or_default();
+        let subnets = ipv4_subnets.into_iter().map(IpNet::from).chain(ipv6_subnets.into_iter().map(IpNet::from));
+        Pending { id: self.value("interface-id").unwrap_or_default(), reason, sources, subnets: subnets.collect() }
+    }
+}
+
+/// Neither unspecified, loopback, multicast, link-local nor broadcast.
+fn is_usable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(a) => {
+            !(a.is_unspecified() || a.is_loopback() || a.is_multicast() || a.is_link_local() || a.is_broadcast())
+        }
+        IpAddr::V6(a) => !(a.is_unspecified() || a.is_loopback() || a.is_multicast() || a.is_unicast_link_local()),
+    }
+}
+
+/// What people want to know of an ENI and routing does not: every value as metadata has it, nothing where it has none.
+#[derive(Clone, Default, Debug, PartialEq, Eq)]
+pub struct Details {
+    pub subnet_id: Option<String>,
+    pub vpc_id: Option<String>,
+    pub security_groups: Vec<String>,
+    /// Public or elastic address → private address behind it.
+    pub associations: BTreeMap<Ipv4Addr, Ipv4Addr>,
+}
+
+/// The details of one ENI, as far as they could be read.
+pub fn details(tree: &Tree, mac: MacAddr) -> Details {
+    let reader = Reader { tree, mac };
+    let text = |key: &str| match reader.get(key) {
+        Answer::Present(body) => Some(body),
+        Answer::Absent | Answer::Unknown(_) => None,
+    };
+    let one = |key: &str| text(key).map(|body| body.trim().to_string());
+    let many = |key: &str| text(key).map(|body| lines(&body).map(String::from).collect()).unwrap_or_default();
+    let mut associations = BTreeMap::new();
+    for name in many(ASSOCIATIONS) as Vec<String> {
+        let private = one(&format!("{ASSOCIATIONS}{name}")).and_then(|body| body.parse().ok());
+        if let (Ok(public), Some(private)) = (name.parse(), private) {
+            associations.insert(public, private);
+        }
+    }
+    Details {
+        subnet_id: one("subnet-id"),
+        vpc_id: one("vpc-id"),
+        security_groups: many("security-groups"),
+        associations,
+    }
+}

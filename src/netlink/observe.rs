@@ -1,0 +1,242 @@
+//! From the kernel's dumps to facts. Nothing is filtered: whose an object is, is for `policy`.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::{Error, Netlink};
+use crate::net::{Address, Family, Link, LinkIpv6, MacAddr, Observed, Route, RouteKind, Rule};
+
+/// `RTNL_FAMILY_IP6MR`-like families of rules are asked for by number; these two are all that matter here.
+const FAMILIES: [(Family, AddressFamily); 2] = [(Family::V4, AddressFamily::Inet), (Family::V6, AddressFamily::Inet6)];
+
+impl Netlink {
+    /// All links, addresses, routes and rules of this network namespace.
+    ///
+    /// # Errors
+    /// Any dump that is not whole: nothing may be concluded from a part.
+    pub async fn observe(&mut self) -> Result<Observed> {
+        let mut observed = Observed { links: self.links().await?, ..Observed::default() };
+        let addresses = self.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default())).await;
+        for message in addresses.context("dumping addresses")? {
+            if let RouteNetlinkMessage::NewAddress(message) = message {
+                observed.addresses.extend(address(&message));
+            }
+        }
+        for (family, kernel_family) in FAMILIES {
+            let mut request = RouteMessage::default();
+            request.header.address_family = kernel_family;
+            let routes = self.dump(RouteNetlinkMessage::GetRoute(request)).await;
+            for message in routes.with_context(|| format!("dumping {family} routes"))? {
+                if let RouteNetlinkMessage::NewRoute(message) = message {
+                    observed.routes.extend(route(family, &message));
+                }
+            }
+            let mut request = RuleMessage::default();
+            request.header.family = kernel_family;
+            match self.dump(RouteNetlinkMessage::GetRule(request)).await {
+                // A kernel without IPv6 has no such rules to dump. It always has IPv4.
+                Err(error) if family == Family::V6 && is_missing_family(&error) => continue,
+                rules => {
+                    for message in rules.with_context(|| format!("dumping {family} rules"))? {
+                        if let RouteNetlinkMessage::NewRule(message) = message {
+                            observed.rules.insert(rule(family, &message));
+                        }
+                    }
+                }
+            }
+            observed.has_ipv6 |= family == Family::V6;
+        }
+        Ok(observed)
+    }
+
+    /// All links, by index.
+    ///
+    /// # Errors
+    /// A dump that is not whole.
+    pub async fn links(&mut self) -> Result<BTreeMap<u32, Link>> {
+        let links = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default())).await.context("dumping links")?;
+        let links = links.into_iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(link(&message)),
+            _ => None,
+        });
+        Ok(links.map(|link| (link.index, link)).collect())
+    }
+}
+
+fn is_missing_family(error: &Error) -> bool {
+    matches!(error.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP))
+}
+
+fn link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        kind: None,
+        controller: None,
+        is_up: message.header.flags.contains(LinkFlags::Up),
+        mtu: 0,
+        group: 0,
+        altnames: Default::default(),
+        ipv6: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name.clone(),
+            LinkAttribute::Address(bytes) => link.mac = MacAddr::from_bytes(bytes),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Group(group) => link.group = *group,
+            LinkAttribute::Controller(controller) => link.controller = Some(*controller),
+            LinkAttribute::LinkInfo(infos) => link.kind = infos.iter().find_map(kind),
+            LinkAttribute::PropList(properties) => {
+                link.altnames = properties.iter().filter_map(altname).collect();
+            }
+            LinkAttribute::AfSpecUnspec(families) => link.ipv6 = families.iter().find_map(link_ipv6),
+            _ => {}
+        }
+    }
+    link
+}
+
+fn kind(info: &LinkInfo) -> Option<String> {
+    if let LinkInfo::Kind(kind) = info { Some(kind.to_string()) } else { None }
+}
+
+fn altname(property: &Prop) -> Option<String> {
+    if let Prop::AltIfName(name) = property { Some(name.clone()) } else { None }
+}
+
+fn link_ipv6(family: &AfSpecUnspec) -> Option<LinkIpv6> {
+    let AfSpecUnspec::Inet6(attributes) = family else { return None };
+    attributes.iter().find_map(|attribute| match attribute {
+        AfSpecInet6::DevConf(conf) => Some(LinkIpv6 { accept_ra: conf.accept_ra, is_disabled: conf.disable_ipv6 != 0 }),
+        _ => None,
+    })
+}
+
+fn address(message: &AddressMessage) -> Option<(u32, Address)> {
+    let mut local = None;
+    let mut peer = None;
+    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
+    let mut protocol = 0;
+    for attribute in &message.attributes {
+        match attribute {
+            // On a point-to-point link IFA_ADDRESS is the other side's; IPv6 often has no IFA_LOCAL.
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => peer = Some(*address),
+            AddressAttribute::Flags(all) => flags = *all,
+            AddressAttribute::Protocol(number) => protocol = u8::from(*number),
+            _ => {}
+        }
+    }
+    let net = IpNet::new(local.or(peer)?, message.header.prefix_len).ok()?;
+    let address = Address {
+        net,
+        is_deprecated: flags.contains(AddressFlags::Deprecated),
+        has_prefix_route: !flags.contains(AddressFlags::Noprefixroute),
+        protocol,
+    };
+    Some((message.header.index, address))
+}
+
+fn route(family: Family, message: &RouteMessage) -> Option<(Option<u32>, Route)> {
+    let header = &message.header;
+    let mut link = None;
+    let mut destination = None;
+    let mut gateway = None;
+    let mut table = u32::from(header.table);
+    let mut metric = 0;
+    let mut is_simple = header.source_prefix_length == 0 && header.tos == 0;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => link = Some(*index),
+            RouteAttribute::Destination(address) => destination = ip(address),
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            // The header holds a byte and says 252 for all larger numbers.
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Priority(number) => metric = *number,
+            RouteAttribute::MultiPath(_) | RouteAttribute::NhId(_) | RouteAttribute::Via(_) => is_simple = false,
+            _ => {}
+        }
+    }
+    // Cloned routes are the kernel's cache (exceptions), not configuration.
+    if header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    let kind = match header.kind {
+        RouteType::Unicast if is_simple => RouteKind::Unicast,
+        RouteType::Unreachable if is_simple => RouteKind::Unreachable,
+        other => RouteKind::Other(other.into()),
+    };
+    let destination = match destination {
+        Some(address) => IpNet::new(address, header.destination_prefix_length).ok()?,
+        None => family.everything(),
+    };
+    let route = Route {
+        destination,
+        kind,
+        gateway,
+        is_onlink: header.flags.contains(RouteFlags::Onlink),
+        table,
+        metric,
+        protocol: header.protocol.into(),
+    };
+    // IPv6 shows unreachable routes on the loopback link.
+    Some((if kind == RouteKind::Unreachable { None } else { link }, route))
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+fn rule(family: Family, message: &RuleMessage) -> Rule {
+    let header = &message.header;
+    let mut rule = Rule {
+        priority: 0,
+        family,
+        from: None,
+        to: None,
+        iif: None,
+        oif: None,
+        table: u32::from(header.table),
+        suppress_prefix_length: None,
+        suppress_group: None,
+        protocol: 0,
+        has_more: header.action != RuleAction::ToTable || header.tos != 0 || header.flags.contains(RuleFlags::Invert),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Source(address) => rule.from = IpNet::new(*address, header.src_len).ok(),
+            RuleAttribute::Destination(address) => rule.to = IpNet::new(*address, header.dst_len).ok(),
+            RuleAttribute::Iifname(name) => rule.iif = Some(name.clone()),
+            RuleAttribute::Oifname(name) => rule.oif = Some(name.clone()),
+            RuleAttribute::Table(table) => rule.table = *table,
+            // -1 means that none was given; the kernel sends it for rules that look up a table.
+            RuleAttribute::SuppressPrefixLen(length) => rule.suppress_prefix_length = some_unless_minus_one(*length),
+            RuleAttribute::SuppressIfGroup(group) => rule.suppress_group = some_unless_minus_one(*group),
+            RuleAttribute::Protocol(protocol) => rule.protocol = (*protocol).into(),
+            // Padding and flow realms come with value 0 where none was given.
+            RuleAttribute::FwMark(0) | RuleAttribute::FwMask(0) | RuleAttribute::TunId(0) => {}
+            RuleAttribute::L3MDev(false) => {}
+            _ => rule.has_more = true,
+        }
+    }
+    rule
+}
+
+fn some_unless_minus_one(value: u32) -> Option<u32> {
+    (value != u32::MAX).then_some(value)
+}

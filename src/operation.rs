@@ -1,0 +1,265 @@
+//! One change of the kernel. It shows itself as the `ip(8)` command of the same effect: what is printed is what is done.
+
+use std::fmt;
+
+use crate::net::{Address, Family, HasFamily, Route, RouteKind, Rule};
+use crate::policy::MAIN_TABLE;
+
+/// A link as an operation needs it: the index to act on, the name to show (and, for sysctls, to act on).
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct LinkRef {
+    pub index: u32,
+    pub name: String,
+}
+
+/// One setting of a link.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum LinkChange {
+    /// 0 before the link goes up, or the kernel adds a second IPv6 default route to `main`.
+    AcceptRa(i32),
+    Mtu(u32),
+    Group(u32),
+    AddAltname(String),
+    DeleteAltname(String),
+    Up,
+    Down,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Operation {
+    SetLink {
+        link: LinkRef,
+        change: LinkChange,
+    },
+    /// Unreachable routes have no link.
+    AddRoute {
+        link: Option<LinkRef>,
+        route: Route,
+    },
+    AddRule {
+        rule: Rule,
+    },
+    DeleteAddress {
+        link: LinkRef,
+        address: Address,
+    },
+    DeleteRule {
+        rule: Rule,
+    },
+    AddAddress {
+        link: LinkRef,
+        address: Address,
+    },
+    /// Lifetime of an address of ours that is there already.
+    ChangeAddress {
+        link: LinkRef,
+        address: Address,
+    },
+    DeleteRoute {
+        link: Option<LinkRef>,
+        route: Route,
+    },
+    /// A setting put back to what was found before; only after everything that used the link is gone.
+    ResetLink {
+        link: LinkRef,
+        change: LinkChange,
+    },
+}
+
+impl Operation {
+    /// Operations are carried out by ascending phase. The moment the machine answers for an address, its way back is
+    /// there: link, routes and rules come before it. The moment a rule goes, the addresses it served are gone. A new
+    /// address comes after rules that are no longer wanted, since one of them may cover it by another ENI's prefix.
+    pub fn phase(&self) -> u8 {
+        match self {
+            Operation::SetLink { .. } => 0,
+            Operation::AddRoute { .. } => 1,
+            Operation::AddRule { .. } => 2,
+            Operation::DeleteAddress { .. } => 3,
+            Operation::DeleteRule { .. } => 4,
+            Operation::AddAddress { .. } | Operation::ChangeAddress { .. } => 5,
+            Operation::DeleteRoute { .. } => 6,
+            Operation::ResetLink { .. } => 7,
+        }
+    }
+
+    /// A word for logs: what is done to which sort of object.
+    pub fn action(&self) -> &'static str {
+        match self {
+            Operation::SetLink { .. } => "set-link",
+            Operation::AddRoute { .. } => "add-route",
+            Operation::AddRule { .. } => "add-rule",
+            Operation::DeleteAddress { .. } => "delete-address",
+            Operation::DeleteRule { .. } => "delete-rule",
+            Operation::AddAddress { .. } => "add-address",
+            Operation::ChangeAddress { .. } => "change-address",
+            Operation::DeleteRoute { .. } => "delete-route",
+            Operation::ResetLink { .. } => "reset-link",
+        }
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Operation::SetLink { link, change } | Operation::ResetLink { link, change } => {
+                write!(f, "{}", LinkCommand { name: &link.name, change })
+            }
+            Operation::AddRoute { link, route } => write!(f, "{}", RouteCommand { verb: "add", link, route }),
+            Operation::DeleteRoute { link, route } => write!(f, "{}", RouteCommand { verb: "del", link, route }),
+            Operation::AddRule { rule } => write!(f, "{}", RuleCommand { verb: "add", rule }),
+            Operation::DeleteRule { rule } => write!(f, "{}", RuleCommand { verb: "del", rule }),
+            Operation::AddAddress { link, address } => write!(f, "{}", AddressCommand { verb: "add", link, address }),
+            Operation::ChangeAddress { link, address } => {
+                write!(f, "{}", AddressCommand { verb: "change", link, address })
+            }
+            Operation::DeleteAddress { link, address } => {
+                write!(f, "ip addr del {} dev {}", address.net, quoted(&link.name))
+            }
+        }
+    }
+}
+
+struct LinkCommand<'a> {
+    name: &'a str,
+    change: &'a LinkChange,
+}
+
+impl fmt::Display for LinkCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let name = quoted(self.name);
+        match self.change {
+            // With slashes, since a link's name may hold dots.
+            LinkChange::AcceptRa(value) => write!(f, "sysctl -qw net/ipv6/conf/{name}/accept_ra={value}"),
+            LinkChange::Mtu(mtu) => write!(f, "ip link set dev {name} mtu {mtu}"),
+            LinkChange::Group(group) => write!(f, "ip link set dev {name} group {group}"),
+            LinkChange::AddAltname(altname) => write!(f, "ip link property add dev {name} altname {altname}"),
+            LinkChange::DeleteAltname(altname) => write!(f, "ip link property del dev {name} altname {altname}"),
+            LinkChange::Up => write!(f, "ip link set dev {name} up"),
+            LinkChange::Down => write!(f, "ip link set dev {name} down"),
+        }
+    }
+}
+
+struct AddressCommand<'a> {
+    verb: &'a str,
+    link: &'a LinkRef,
+    address: &'a Address,
+}
+
+impl fmt::Display for AddressCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Address { net, is_deprecated, has_prefix_route, protocol } = self.address;
+        write!(f, "ip addr {} {net} dev {}", self.verb, quoted(&self.link.name))?;
+        if *is_deprecated {
+            write!(f, " preferred_lft 0")?;
+        }
+        if net.family() == Family::V6 {
+            write!(f, " nodad")?;
+        }
+        if !has_prefix_route {
+            write!(f, " noprefixroute")?;
+        }
+        write!(f, " proto {protocol}")
+    }
+}
+
+struct RouteCommand<'a> {
+    verb: &'a str,
+    link: &'a Option<LinkRef>,
+    route: &'a Route,
+}
+
+impl fmt::Display for RouteCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Route { destination, kind, gateway, is_onlink, table, metric, protocol } = self.route;
+        write!(f, "ip {} route {} ", family_option(destination.family()), self.verb)?;
+        match kind {
+            RouteKind::Unicast => {}
+            RouteKind::Unreachable => write!(f, "unreachable ")?,
+            RouteKind::Other(number) => write!(f, "type {number} ")?,
+        }
+        match destination.prefix_len() {
+            0 => write!(f, "default")?,
+            _ => write!(f, "{destination}")?,
+        }
+        if let Some(gateway) = gateway {
+            write!(f, " via {gateway}")?;
+        }
+        if let Some(link) = self.link {
+            write!(f, " dev {}", quoted(&link.name))?;
+        }
+        if *is_onlink {
+            write!(f, " onlink")?;
+        }
+        write!(f, " table {} proto {protocol}", table_name(*table))?;
+        if *metric != 0 {
+            write!(f, " metric {metric}")?;
+        }
+        Ok(())
+    }
+}
+
+struct RuleCommand<'a> {
+    verb: &'a str,
+    rule: &'a Rule,
+}
+
+impl fmt::Display for RuleCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Rule {
+            priority, family, from, to, iif, oif, table, suppress_prefix_length, suppress_group, protocol, ..
+        } = self.rule;
+        write!(f, "ip {} rule {} priority {priority}", family_option(*family), self.verb)?;
+        match from {
+            Some(from) => write!(f, " from {from}")?,
+            None => write!(f, " from all")?,
+        }
+        if let Some(to) = to {
+            write!(f, " to {to}")?;
+        }
+        if let Some(iif) = iif {
+            write!(f, " iif {}", quoted(iif))?;
+        }
+        if let Some(oif) = oif {
+            write!(f, " oif {}", quoted(oif))?;
+        }
+        write!(f, " lookup {}", table_name(*table))?;
+        if let Some(length) = suppress_prefix_length {
+            write!(f, " suppress_prefixlength {length}")?;
+        }
+        if let Some(group) = suppress_group {
+            write!(f, " suppress_ifgroup {group}")?;
+        }
+        write!(f, " protocol {protocol}")
+    }
+}
+
+fn family_option(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "-4",
+        Family::V6 => "-6",
+    }
+}
+
+fn table_name(table: u32) -> String {
+    if table == MAIN_TABLE { "main".into() } else { table.to_string() }
+}
+
+/// A link's name as a shell takes it: the kernel allows `$`, `;` and quotes in names, and people paste what we print.
+fn quoted(name: &str) -> String {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-@:+".contains(&byte));
+    if is_plain && !name.is_empty() { name.into() } else { format!("'{}'", name.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hostile_link_name_cannot_leave_its_quotes() {
+        let link = LinkRef { index: 7, name: "a';reboot;'".into() };
+        let shown = Operation::SetLink { link, change: LinkChange::Up }.to_string();
+        assert_eq!(shown, r"ip link set dev 'a'\'';reboot;'\''' up");
+    }
+}

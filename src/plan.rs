@@ -1,0 +1,411 @@
+//! Desired minus observed, as ordered operations. MAC meets link here. An empty plan is the proof that all is well.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use crate::config::Config;
+use crate::desired::{Desired, DesiredEni, DesiredLink, Wanted};
+use crate::eni::{Attached, Eni};
+use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::operation::{LinkChange, LinkRef, Operation};
+use crate::policy;
+
+/// What is to be done, in order, and what stands in the way.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Plan {
+    pub steps: Vec<Step>,
+    /// ENIs that cannot be brought about on this machine as it is; nothing of theirs is touched.
+    pub troubles: BTreeMap<MacAddr, Trouble>,
+    /// What an administrator should know though all is done.
+    pub notes: Vec<String>,
+}
+
+/// An operation, the ENI it belongs to (none: the whole machine) and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Step {
+    pub eni: Option<String>,
+    pub operation: Operation,
+    pub reason: String,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}  # {}", self.operation, self.reason)
+    }
+}
+
+impl Step {
+    /// The same facts for programs: `eni` (null for the whole machine), `action`, `command`, `reason`.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "eni": self.eni,
+            "action": self.operation.action(),
+            "command": self.operation.to_string(),
+            "reason": self.reason,
+        })
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Trouble {
+    /// The ENI's id.
+    pub eni: String,
+    pub kind: TroubleKind,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TroubleKind {
+    NoLink { mac: MacAddr },
+    NoAddress { link: String },
+    LinkTwice { mac: MacAddr, links: Vec<String> },
+    LinkTaken { link: String, by: String },
+}
+
+impl TroubleKind {
+    /// Whether waiting may help: the link or the address may be on its way.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            TroubleKind::NoLink { .. } | TroubleKind::NoAddress { .. } => true,
+            TroubleKind::LinkTwice { .. } | TroubleKind::LinkTaken { .. } => false,
+        }
+    }
+}
+
+impl fmt::Display for TroubleKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            TroubleKind::NoLink { mac } => {
+                write!(f, "no link with its MAC {mac} (not plugged in yet, or moved to another namespace)")
+            }
+            TroubleKind::NoAddress { link } => {
+                write!(f, "its link {link} is here, but metadata gives it no address yet")
+            }
+            TroubleKind::LinkTwice { mac, links } => {
+                write!(f, "its MAC {mac} is on {}: give all but one another MAC", links.join(" and "))
+            }
+            TroubleKind::LinkTaken { link, by } => {
+                write!(f, "its link {link} is a port of {by}, so whoever made {by} manages it")
+            }
+        }
+    }
+}
+
+/// What is left to be done so that the kernel has what is desired, and no more of ours.
+pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &Config) -> Plan {
+    let mut plan = Plan::default();
+    let mut placed: BTreeMap<MacAddr, (&DesiredEni, &Link)> = BTreeMap::new();
+    for (mac, eni) in &desired.enis {
+        match place(*mac, eni, observed) {
+            Ok(Some(link)) => _ = placed.insert(*mac, (eni, link)),
+            Ok(None) => {}
+            Err(kind) => _ = plan.troubles.insert(*mac, Trouble { eni: eni.id.clone(), kind }),
+        }
+    }
+    let primary_mtu = find_link(primary, observed).ok().flatten().map(|link| link.mtu);
+
+    let mut keep = Keep::default();
+    for rule in desired.rules.iter().filter(|rule| observed.has_ipv6 || rule.object.family == Family::V4) {
+        keep.rules.insert(rule.object.clone());
+        plan.want_rule(None, rule, observed);
+    }
+    for (eni, link) in placed.values() {
+        plan.want_link(eni, link, primary_mtu, observed);
+        if !desired.rules.is_empty() {
+            plan.want_group(Some(eni), link, &eni.id, config);
+        }
+        plan.want_objects(eni, link, observed, &mut keep, config);
+    }
+    // The guard rule has to know a pending ENI's link too: another manager may have put its subnet into main.
+    let pending = desired.pending.iter().filter_map(|mac| find_link(*mac, observed).ok().flatten());
+    for link in pending.filter(|_| !desired.rules.is_empty()) {
+        plan.want_group(None, link, "a pending ENI", config);
+    }
+    let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
+    plan.steps.extend(unwanted.steps(&keep));
+    // Stable: within a phase each ENI's own order stays.
+    plan.steps.sort_by_key(|step| step.operation.phase());
+    plan
+}
+
+/// A machine as it is before anything was configured but the primary ENI's link: what a snapshot of another machine is
+/// planned against. Links are named eth0 (the primary), eth1, … by slot.
+pub fn fresh_machine(attached: &Attached) -> Observed {
+    let mut enis: Vec<(&MacAddr, &Eni)> = attached.ready.iter().collect();
+    enis.sort_by_key(|(mac, eni)| (**mac != attached.primary, eni.slot));
+    let enis = enis.into_iter().filter(|(_, eni)| Family::BOTH.into_iter().any(|family| eni.has_family(family)));
+    let mut observed = Observed { has_ipv6: true, ..Observed::default() };
+    for (n, (mac, _)) in enis.enumerate() {
+        let index = n as u32 + 2;
+        let is_primary = *mac == attached.primary;
+        let link = Link {
+            index,
+            name: format!("eth{n}"),
+            mac: Some(*mac),
+            kind: None,
+            controller: None,
+            is_up: is_primary,
+            mtu: if is_primary { JUMBO_MTU } else { DRIVER_MTU },
+            group: 0,
+            altnames: BTreeSet::new(),
+            ipv6: Some(LinkIpv6 { accept_ra: 1, is_disabled: false }),
+        };
+        observed.links.insert(index, link);
+    }
+    observed
+}
+
+/// What DHCP says in a VPC, and what the drivers begin with.
+const JUMBO_MTU: u32 = 9001;
+const DRIVER_MTU: u32 = 1500;
+
+/// The wanted objects that are there or will be: what is ours and not among them goes.
+#[derive(Default)]
+struct Keep {
+    addresses: BTreeSet<(u32, Address)>,
+    routes: BTreeSet<(Option<u32>, Route)>,
+    rules: BTreeSet<Rule>,
+}
+
+/// The ENI's link on this machine. None for an ENI that needs none.
+fn place<'a>(mac: MacAddr, eni: &DesiredEni, observed: &'a Observed) -> Result<Option<&'a Link>, TroubleKind> {
+    match (find_link(mac, observed)?, eni.has_addresses) {
+        (Some(link), true) => Ok(Some(link)),
+        (Some(link), false) => Err(TroubleKind::NoAddress { link: link.name.clone() }),
+        (None, true) => Err(TroubleKind::NoLink { mac }),
+        // EFA-only: it has neither an address nor a link in the guest.
+        (None, false) => Ok(None),
+    }
+}
+
+/// The one link that is this ENI's own, if it is here.
+pub fn find_link(mac: MacAddr, observed: &Observed) -> Result<Option<&Link>, TroubleKind> {
+    let of_mac = |link: &&Link| link.mac == Some(mac) && policy::can_be_eni(link);
+    let links: Vec<&Link> = observed.links.values().filter(of_mac).collect();
+    if let Some((link, controller)) = links.iter().find_map(|link| Some((link, link.controller?))) {
+        let by = observed.links.get(&controller).map_or_else(|| format!("link {controller}"), |link| link.name.clone());
+        return Err(TroubleKind::LinkTaken { link: link.name.clone(), by });
+    }
+    match links.as_slice() {
+        [] => Ok(None),
+        [link] => Ok(Some(link)),
+        links => Err(TroubleKind::LinkTwice { mac, links: links.iter().map(|link| link.name.clone()).collect() }),
+    }
+}
+
+fn reference(link: &Link) -> LinkRef {
+    LinkRef { index: link.index, name: link.name.clone() }
+}
+
+impl Plan {
+    fn push(&mut self, eni: Option<&DesiredEni>, operation: Operation, reason: impl Into<String>) {
+        self.steps.push(Step { eni: eni.map(|eni| eni.id.clone()), operation, reason: reason.into() });
+    }
+
+    fn want_link(&mut self, eni: &DesiredEni, link: &Link, primary_mtu: Option<u32>, observed: &Observed) {
+        let DesiredLink::Kept { altnames } = &eni.link else { return };
+        let mut changes = Vec::new();
+        if link.ipv6.as_ref().is_some_and(|ipv6| ipv6.accept_ra != 0) {
+            changes.push((LinkChange::AcceptRa(0), "its router advertisements must not add a default route to main"));
+        }
+        // DHCP would have told this ENI what it told the primary. An administrator's larger choice stays.
+        if let Some(mtu) = primary_mtu.filter(|mtu| *mtu > link.mtu) {
+            changes.push((LinkChange::Mtu(mtu), "as large as the primary ENI's"));
+        }
+        for altname in altnames.iter().filter(|altname| !link.altnames.contains(*altname) && link.name != **altname) {
+            let holder =
+                observed.links.values().find(|other| other.name == *altname || other.altnames.contains(altname));
+            match holder {
+                Some(holder) => {
+                    self.notes.push(format!("{} has the name {altname} that {} would get", holder.name, link.name))
+                }
+                None => changes.push((
+                    LinkChange::AddAltname(altname.clone()),
+                    "a name that does not change with the machine type",
+                )),
+            }
+        }
+        if !link.is_up {
+            changes.push((LinkChange::Up, "the link is down"));
+        }
+        for (change, reason) in changes {
+            self.push(Some(eni), Operation::SetLink { link: reference(link), change }, format!("{}: {reason}", eni.id));
+        }
+    }
+
+    /// Whoever put the link into another group needs it there, so it stays.
+    fn want_group(&mut self, eni: Option<&DesiredEni>, link: &Link, whose: &str, config: &Config) {
+        if link.group == 0 {
+            let operation = Operation::SetLink { link: reference(link), change: LinkChange::Group(config.link_group) };
+            self.push(eni, operation, format!("{whose}: marks the link as an ENI's for the guard rule"));
+        } else if link.group != config.link_group {
+            let (name, group) = (&link.name, link.group);
+            self.notes.push(format!(
+                "{name} ({whose}) is in link group {group} and stays there: a route in main by it goes before other ENIs' source rules"
+            ));
+        }
+    }
+
+    fn want_objects(&mut self, eni: &DesiredEni, link: &Link, observed: &Observed, keep: &mut Keep, config: &Config) {
+        let has_ipv6 = observed.has_ipv6 && link.ipv6.as_ref().is_some_and(|ipv6| !ipv6.is_disabled);
+        let is_possible = |family: Family| family == Family::V4 || has_ipv6;
+        for route in eni.routes.iter().filter(|route| is_possible(route.object.destination.family())) {
+            self.want_route(eni, link, route, observed, keep);
+        }
+        for rule in eni.rules.iter().filter(|rule| is_possible(rule.object.family)) {
+            keep.rules.insert(rule.object.clone());
+            self.want_rule(Some(eni), rule, observed);
+        }
+        for family in eni.bound_families.iter().copied().filter(|family| is_possible(*family)) {
+            let rule = policy::bound_rule(config, &link.name, family, eni.table);
+            let reason = format!("sockets bound to {} find their way by {}", link.name, eni.id);
+            keep.rules.insert(rule.clone());
+            self.want_rule(Some(eni), &Wanted { object: rule, reason }, observed);
+        }
+        for address in eni.addresses.iter().filter(|address| is_possible(address.object.net.family())) {
+            self.want_address(eni, link, address, observed, keep, config);
+        }
+    }
+
+    fn want_route(
+        &mut self,
+        eni: &DesiredEni,
+        link: &Link,
+        wanted: &Wanted<Route>,
+        observed: &Observed,
+        keep: &mut Keep,
+    ) {
+        let link = match wanted.object.kind {
+            RouteKind::Unicast => Some(link),
+            RouteKind::Unreachable | RouteKind::Other(_) => None,
+        };
+        let key = (link.map(|link| link.index), wanted.object);
+        if !observed.routes.contains(&key) {
+            let operation = Operation::AddRoute { link: link.map(reference), route: wanted.object };
+            self.push(Some(eni), operation, wanted.reason.clone());
+        }
+        keep.routes.insert(key);
+    }
+
+    fn want_rule(&mut self, eni: Option<&DesiredEni>, wanted: &Wanted<Rule>, observed: &Observed) {
+        if !observed.rules.contains(&wanted.object) {
+            self.push(eni, Operation::AddRule { rule: wanted.object.clone() }, wanted.reason.clone());
+        }
+    }
+
+    /// The same address with another length, owner or lifetime (DHCP, keepalived) counts as there and is left alone.
+    fn want_address(
+        &mut self,
+        eni: &DesiredEni,
+        link: &Link,
+        wanted: &Wanted<Address>,
+        observed: &Observed,
+        keep: &mut Keep,
+        config: &Config,
+    ) {
+        let same: Vec<&Address> = observed
+            .addresses
+            .iter()
+            .filter(|(index, address)| *index == link.index && address.net.addr() == wanted.object.net.addr())
+            .map(|(_, address)| address)
+            .collect();
+        keep.addresses.insert((link.index, wanted.object));
+        if same.iter().any(|address| !policy::owns_address(config, address) || **address == wanted.object) {
+            return;
+        }
+        let reason = wanted.reason.clone();
+        let with_lifetime = |address: Address| Address { is_deprecated: wanted.object.is_deprecated, ..address };
+        let operation = match same.into_iter().find(|address| with_lifetime(**address) == wanted.object) {
+            Some(differing) => {
+                keep.addresses.insert((link.index, *differing));
+                Operation::ChangeAddress { link: reference(link), address: wanted.object }
+            }
+            None => Operation::AddAddress { link: reference(link), address: wanted.object },
+        };
+        self.push(Some(eni), operation, reason);
+    }
+}
+
+/// What is ours and not wanted, as far as there is proof that it is not.
+struct Unwanted<'a> {
+    desired: &'a Desired,
+    observed: &'a Observed,
+    placed: &'a BTreeMap<MacAddr, (&'a DesiredEni, &'a Link)>,
+    troubles: &'a BTreeMap<MacAddr, Trouble>,
+    config: &'a Config,
+}
+
+impl Unwanted<'_> {
+    fn steps(&self, keep: &Keep) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for (index, address) in self.observed.addresses.iter().filter(|key| !keep.addresses.contains(key)) {
+            if policy::owns_address(self.config, address) && self.address_may_go(*index) {
+                let operation = Operation::DeleteAddress { link: self.reference(*index), address: *address };
+                steps.push(self.step(self.eni_of_link(*index), operation, "metadata does not have it on this ENI"));
+            }
+        }
+        for rule in self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)) {
+            if policy::owns_rule(self.config, rule) && self.rule_may_go(rule) {
+                let operation = Operation::DeleteRule { rule: rule.clone() };
+                steps.push(self.step(self.eni_of_table(rule.table), operation, "no ENI needs it"));
+            }
+        }
+        for (index, route) in self.observed.routes.iter().filter(|key| !keep.routes.contains(key)) {
+            if policy::owns_route(self.config, route) && self.route_may_go(*index, route) {
+                let operation =
+                    Operation::DeleteRoute { link: index.map(|index| self.reference(index)), route: *route };
+                steps.push(self.step(self.eni_of_table(route.table), operation, "no ENI needs it"));
+            }
+        }
+        steps
+    }
+
+    fn step(&self, eni: Option<&DesiredEni>, operation: Operation, reason: &str) -> Step {
+        Step { eni: eni.map(|eni| eni.id.clone()), operation, reason: reason.into() }
+    }
+
+    fn reference(&self, index: u32) -> LinkRef {
+        let name = self.observed.links.get(&index).map_or_else(|| format!("if{index}"), |link| link.name.clone());
+        LinkRef { index, name }
+    }
+
+    fn eni_of_link(&self, index: u32) -> Option<&DesiredEni> {
+        self.placed.values().find(|(_, link)| link.index == index).map(|(eni, _)| *eni)
+    }
+
+    fn eni_of_table(&self, table: u32) -> Option<&DesiredEni> {
+        self.placed.values().find(|(eni, _)| eni.table == table).map(|(eni, _)| *eni)
+    }
+
+    /// An ENI whose link is here but not ours to manage keeps what it has.
+    fn is_in_trouble(&self, mac: MacAddr) -> bool {
+        self.troubles.get(&mac).is_some_and(|trouble| !matches!(trouble.kind, TroubleKind::NoLink { .. }))
+    }
+
+    fn address_may_go(&self, index: u32) -> bool {
+        match self.observed.links.get(&index).and_then(|link| link.mac) {
+            Some(mac) if self.desired.pending.contains(&mac) || self.is_in_trouble(mac) => false,
+            Some(mac) if self.placed.contains_key(&mac) => self.placed[&mac].0.is_whole,
+            // No attached ENI's: proof that it should go is a snapshot that told all there is.
+            Some(_) | None => self.desired.is_complete,
+        }
+    }
+
+    /// A ready ENI's source rules follow from its own addresses, which are known. Everything else (the guard, rules to
+    /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have.
+    fn rule_may_go(&self, rule: &Rule) -> bool {
+        let is_own = rule.to.is_none() && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
+        is_own || self.desired.is_complete && !self.is_table_in_trouble(rule.table)
+    }
+
+    fn route_may_go(&self, index: Option<u32>, route: &Route) -> bool {
+        let is_of_trouble = index
+            .and_then(|index| self.observed.links.get(&index)?.mac)
+            .is_some_and(|mac| self.is_in_trouble(mac) || self.desired.pending.contains(&mac));
+        let is_own = self.eni_of_table(route.table).is_some_and(|eni| eni.is_whole && eni.link != DesiredLink::Left);
+        !is_of_trouble && (is_own || self.desired.is_complete && !self.is_table_in_trouble(route.table))
+    }
+
+    fn is_table_in_trouble(&self, table: u32) -> bool {
+        self.desired.enis.iter().any(|(mac, eni)| eni.table == table && self.is_in_trouble(*mac))
+    }
+}

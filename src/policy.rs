@@ -1,0 +1,159 @@
+//! Every number and every choice that could have been otherwise, with its reason; and who owns what.
+
+use ipnet::IpNet;
+
+use crate::config::Config;
+use crate::eni::Slot;
+use crate::net::{Address, Family, Link, Route, RouteKind, Rule};
+
+/// Protocol number of our addresses (`IFA_PROTO`), routes (`RTA_PROTOCOL`) and rules (`FRA_PROTOCOL`).
+/// Unused in iproute2's `rt_protos`; 99, the first that comes to mind, is taken.
+pub const MARK: u8 = 176;
+
+/// Tables 20000..=29999 hold one table for each slot: 100 a card. In use elsewhere: 2..25 and 10000+100c+d (VPC CNI,
+/// amazon-ec2-net-utils), 10+n (Cilium), 100+n (cloud-init), from 30200 (nm-cloud-setup), 52 (Tailscale), 51820 (wg-quick).
+pub const TABLE_BASE: u32 = 20_000;
+
+/// Before all our source rules, after Tailscale's (5210..5270) and the CNIs' (10..1536).
+pub const GUARD_PRIORITY: u32 = 19_900;
+
+/// Rules for whole subnets come after every exact rule, so that the longest match wins.
+pub const SUBNET_RULE_OFFSET: u32 = 4_000;
+
+/// Link group of attached ENIs: the guard rule passes over routes by these links.
+pub const LINK_GROUP: u32 = 20_000;
+
+/// The guard rule takes only routes longer than this from `main`. A full-tunnel VPN in OpenVPN's manner puts
+/// 0.0.0.0/1, 128.0.0.0/1, 2000::/3 and fc00::/7 there, and replies of ENI addresses must not follow those.
+pub const GUARD_PREFIX_LENGTH: u32 = 7;
+
+/// The table that unbound traffic uses: `RT_TABLE_MAIN`.
+pub const MAIN_TABLE: u32 = 254;
+
+/// The kernel gives an IPv6 route that names no metric 1024; said outright so that both families read back as written.
+pub const IPV6_METRIC: u32 = 1024;
+
+/// `unreachable default` of the highest metric: used only when the link's own routes are gone, so that a flapping link
+/// fails closed instead of leaking by another ENI.
+pub const LAST_METRIC: u32 = u32::MAX;
+
+/// Metric of a default route given to `main` for a family that the primary ENI has not: behind any other manager's.
+pub const MAIN_METRIC: u32 = 20_000;
+
+/// `RTPROT_KERNEL`: routes that the kernel made for addresses and links.
+pub const KERNEL_PROTOCOL: u8 = 2;
+
+/// The default of a run's deadline: an attached ENI is usually all there within it, and boot does not wait longer.
+pub const TIMEOUT: &str = "30s";
+
+/// Kinds of software devices that can stand for an ENI's link: `veth` and `tun` do so in simulations. Any other kind
+/// is stacked on a link, or imitates its MAC (vlan, macvlan, bridge, bond), and is left alone.
+pub const LINK_KINDS: [&str; 2] = ["tun", "veth"];
+
+/// The routing table of a slot. Unique as long as slots are.
+pub fn table(config: &Config, slot: Slot) -> u32 {
+    config.table_base + 100 * slot.network_card + slot.device_number
+}
+
+/// Names under which people find the link whatever the kernel called it, as Amazon Linux 2023 has them.
+pub fn altnames(id: &str, slot: Slot) -> Vec<String> {
+    let Slot { network_card, device_number } = slot;
+    let by_slot = match network_card {
+        0 => format!("device-number-{device_number}"),
+        card => format!("device-number-{device_number}.{card}"),
+    };
+    // 127 bytes is what the kernel takes for an alternative name; a longer or odd id is no name.
+    let is_name =
+        !id.is_empty() && id.len() < 128 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    if is_name { vec![by_slot, id.to_string()] } else { vec![by_slot] }
+}
+
+/// The metric of our ordinary routes.
+pub fn metric(family: Family) -> u32 {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => IPV6_METRIC,
+    }
+}
+
+/// An address as we add it: its way back is in the ENI's own table, so the kernel makes no connected route in `main`.
+pub fn address(config: &Config, net: IpNet, is_deprecated: bool) -> Address {
+    Address { net, is_deprecated, has_prefix_route: false, protocol: config.mark }
+}
+
+/// A unicast route as we add it.
+pub fn route(
+    config: &Config,
+    destination: IpNet,
+    gateway: Option<std::net::IpAddr>,
+    table: u32,
+    family: Family,
+) -> Route {
+    let protocol = config.mark;
+    Route { destination, kind: RouteKind::Unicast, gateway, is_onlink: false, table, metric: metric(family), protocol }
+}
+
+/// The last route of an ENI's table.
+pub fn unreachable_default(config: &Config, table: u32, family: Family) -> Route {
+    Route {
+        kind: RouteKind::Unreachable,
+        metric: LAST_METRIC,
+        ..route(config, family.everything(), None, table, family)
+    }
+}
+
+/// A rule that looks up a table, as we add it; the caller says what it matches.
+pub fn rule(config: &Config, family: Family, priority: u32, table: u32) -> Rule {
+    Rule {
+        priority,
+        family,
+        from: None,
+        to: None,
+        iif: None,
+        oif: None,
+        table,
+        suppress_prefix_length: None,
+        suppress_group: None,
+        protocol: config.mark,
+        has_more: false,
+    }
+}
+
+/// For packets made on this machine: `iif lo`. Forwarded ones (a NAT box, a firewall) are never captured, and
+/// reverse-path checks still match it, so strict `rp_filter` passes.
+pub fn source_rule(config: &Config, source: IpNet, family: Family, priority: u32, table: u32) -> Rule {
+    Rule { from: Some(source), iif: Some("lo".into()), ..rule(config, family, priority, table) }
+}
+
+/// "If `main` has a specific route by something that is not an ENI (docker0, cni0, a veth, wg0), use it": without it a
+/// container cannot talk to the host's ENI addresses, since the reply goes to the VPC (amazon-ec2-net-utils issue 97).
+pub fn guard_rule(config: &Config, family: Family) -> Rule {
+    Rule {
+        suppress_prefix_length: Some(GUARD_PREFIX_LENGTH),
+        suppress_group: Some(config.link_group),
+        ..rule(config, family, config.guard_priority, MAIN_TABLE)
+    }
+}
+
+/// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.
+pub fn bound_rule(config: &Config, link_name: &str, family: Family, table: u32) -> Rule {
+    Rule { oif: Some(link_name.into()), ..rule(config, family, table, table) }
+}
+
+pub fn owns_address(config: &Config, address: &Address) -> bool {
+    address.protocol == config.mark
+}
+
+pub fn owns_route(config: &Config, route: &Route) -> bool {
+    route.protocol == config.mark
+}
+
+pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
+    rule.protocol == config.mark && !rule.has_more
+}
+
+/// Whether this link can be an ENI's own: not stacked on another one. A port of a bridge or bond may be, but is then
+/// somebody else's to configure.
+pub fn can_be_eni(link: &Link) -> bool {
+    link.kind.as_deref().is_none_or(|kind| LINK_KINDS.contains(&kind))
+}

@@ -1,0 +1,231 @@
+//! The whole run, from top to bottom: read metadata, decide, observe, plan, apply, plan again and expect nothing.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::time::{Instant, sleep_until};
+
+use crate::config::Config;
+use crate::desired::{Desired, desired};
+use crate::eni::Attached;
+use crate::imds::{Imds, Scope};
+use crate::ledger::{self, Ledger};
+use crate::lock;
+use crate::metadata;
+use crate::net::MacAddr;
+use crate::netlink::apply::Outcome;
+use crate::netlink::{self, Netlink};
+use crate::plan::{Plan, Step, plan};
+use crate::release::release;
+use crate::report::{Report, State, Trouble};
+
+/// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
+const ROUNDS: usize = 3;
+
+/// Before a pending ENI is asked for again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(4);
+
+/// What a run needs from outside.
+pub struct Options {
+    /// Instead of the well-known endpoints.
+    pub endpoint: Option<String>,
+    /// All waiting ends by then: for the lock, for metadata, for pending ENIs.
+    pub deadline: Instant,
+    /// Holds the lock and the ledger.
+    pub directory: PathBuf,
+    pub config: Config,
+}
+
+/// The kernel refused for want of a capability.
+#[derive(Debug)]
+pub struct NotPermitted;
+
+impl std::fmt::Display for NotPermitted {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "changing the network needs CAP_NET_ADMIN: run it as root (sudo eniup …); `eniup plan` needs nothing")
+    }
+}
+
+impl std::error::Error for NotPermitted {}
+
+/// Makes the kernel agree with metadata, waiting for pending ENIs until the deadline.
+///
+/// # Errors
+/// Nothing could be done: no lock, no metadata, no netlink, no permission. What concerns single ENIs is in the report.
+pub async fn reconcile(options: &Options) -> Result<Report> {
+    let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    let mut imds = Imds::connect(options.endpoint.as_deref(), options.deadline).await?;
+    let mut changes = 0;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+        let desired = desired(&attached, &options.config);
+        let mut report = converge(&mut netlink, &desired, attached.primary, options).await?;
+        report.troubles.extend(pending_troubles(&attached));
+        changes += report.changes;
+        report.changes = changes;
+        if !report.may_pass() || Instant::now() + pause >= options.deadline {
+            return Ok(report);
+        }
+        for (eni, trouble) in report.troubles.iter().filter(|_| pause == FIRST_PAUSE) {
+            tracing::info!("waiting for {eni}: {}", trouble.why);
+        }
+        sleep_until(Instant::now() + pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Takes away everything that is ours. Metadata is not asked.
+///
+/// # Errors
+/// As for [`reconcile`].
+pub async fn release_all(options: &Options) -> Result<Report> {
+    let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    let mut report = Report::default();
+    let ledger = ledger::load(&options.directory);
+    let mut failures = Vec::new();
+    for round in 0.. {
+        let observed = netlink.observe().await?;
+        let plan = release(&observed, &ledger, &options.config);
+        if plan.steps.is_empty() {
+            ledger::save(&Ledger::default(), &options.directory)?;
+            return Ok(report);
+        }
+        if round == ROUNDS {
+            report.unsettled = unsettled(&plan.steps, &failures);
+            break;
+        }
+        failures = carry_out(&mut netlink, &plan, &mut report).await?;
+    }
+    Ok(report)
+}
+
+/// Applies until nothing is left to do, a few rounds at most; what is left then is reported.
+async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, options: &Options) -> Result<Report> {
+    let mut report = Report::default();
+    let mut failures = Vec::new();
+    for round in 0.. {
+        let observed = netlink.observe().await?;
+        let plan = plan(desired, &observed, primary, &options.config);
+        if plan.steps.is_empty() || round == ROUNDS {
+            report.notes.clone_from(&plan.notes);
+            report.troubles.extend(plan_troubles(&plan, &failures));
+            let machine: Vec<Step> = plan.steps.into_iter().filter(|step| step.eni.is_none()).collect();
+            report.unsettled = unsettled(&machine, &failures);
+            break;
+        }
+        let before = ledger::load(&options.directory);
+        let ledger = before.noting(&plan.steps, &observed);
+        if ledger != before {
+            ledger::save(&ledger, &options.directory)?;
+        }
+        failures = carry_out(netlink, &plan, &mut report).await?;
+    }
+    Ok(report)
+}
+
+/// A step that failed, and how the kernel put it.
+type Failure = (Step, String);
+
+async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> Result<Vec<Failure>> {
+    let outcomes = netlink.apply(&plan.steps).await?;
+    let mut failures = Vec::new();
+    for (step, outcome) in plan.steps.iter().zip(outcomes) {
+        match outcome {
+            Outcome::Done => {
+                report.changes += 1;
+                tracing::info!("{step}");
+            }
+            Outcome::AlreadySo => tracing::debug!("already so: {step}"),
+            Outcome::Skipped => tracing::debug!("left out after a failure: {step}"),
+            Outcome::Failed(error) if is_permission(&error) => return Err(NotPermitted.into()),
+            Outcome::Failed(error) => {
+                tracing::debug!("failed ({error}): {step}");
+                failures.push((step.clone(), error.to_string()));
+            }
+        }
+    }
+    Ok(failures)
+}
+
+fn is_permission(error: &netlink::Error) -> bool {
+    error.errno() == Some(libc::EPERM)
+}
+
+fn unsettled(steps: &[Step], failures: &[Failure]) -> Vec<String> {
+    let why = |step: &Step| match failures.iter().find(|(failed, _)| failed.operation == step.operation) {
+        Some((_, error)) => format!("{} ({error})", step.operation),
+        None => format!("{} (made, but undone by somebody else, or left out after a failure)", step.operation),
+    };
+    steps.iter().map(why).collect()
+}
+
+/// The ENIs for which something is left to do, with the first thing that failed.
+fn plan_troubles(plan: &Plan, failures: &[Failure]) -> Vec<(String, Trouble)> {
+    let mut troubles: Vec<(String, Trouble)> = Vec::new();
+    for trouble in plan.troubles.values() {
+        let state = if trouble.kind.may_pass() { State::Pending } else { State::Failed };
+        troubles.push((trouble.eni.clone(), Trouble { state, why: trouble.kind.to_string() }));
+    }
+    let mut left: Vec<&Step> = plan.steps.iter().filter(|step| step.eni.is_some()).collect();
+    // What failed explains what was left out because of it.
+    left.sort_by_key(|step| !failures.iter().any(|(failed, _)| failed.operation == step.operation));
+    for step in left {
+        let Some(eni) = &step.eni else { continue };
+        if troubles.iter().all(|(known, _)| known != eni) {
+            let why = unsettled(std::slice::from_ref(step), failures).join("");
+            troubles.push((eni.clone(), Trouble { state: State::Failed, why }));
+        }
+    }
+    troubles
+}
+
+/// What metadata does not tell yet, or tells wrongly.
+pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
+    let pending = attached.pending.iter().map(|(mac, pending)| {
+        let state = if pending.reason.may_pass() { State::Pending } else { State::Failed };
+        let eni = pending.id.clone().unwrap_or_else(|| format!("ENI {mac}"));
+        (eni, Trouble { state, why: pending.reason.to_string() })
+    });
+    let malformed = attached
+        .malformed
+        .iter()
+        .enumerate()
+        .map(|(n, why)| (format!("entry {}", n + 1), Trouble { state: State::Failed, why: why.clone() }));
+    let disputed = attached.disputes.iter().filter_map(|(mac, disputes)| {
+        let why: Vec<String> = disputes.iter().map(|dispute| dispute.to_string()).collect();
+        Some((attached.ready.get(mac)?.id.clone(), Trouble { state: State::Pending, why: why.join("; ") }))
+    });
+    pending.chain(disputed).chain(malformed).collect()
+}
+
+/// What a run would do at this moment, without waiting for pending ENIs and without changing anything.
+///
+/// # Errors
+/// No metadata or no netlink.
+pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
+    let mut imds = Imds::connect(endpoint, deadline).await?;
+    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
+    Ok((attached, plan))
+}
+
+/// The troubles of a plan that was not carried out.
+pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Trouble)> {
+    let bare = Plan { steps: Vec::new(), ..plan.clone() };
+    plan_troubles(&bare, &[]).into_iter().chain(pending_troubles(attached)).collect()
+}
+
+/// What [`release_all`] would take away at this moment.
+///
+/// # Errors
+/// No netlink.
+pub async fn preview_release(options: &Options) -> Result<Plan> {
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    Ok(release(&observed, &ledger::load(&options.directory), &options.config))
+}

@@ -1,0 +1,85 @@
+//! Taking away everything that is ours, and nothing else: needs no metadata, only our marks and the ledger.
+
+use crate::config::Config;
+use crate::ledger::{Found, Ledger};
+use crate::net::{Link, Observed};
+use crate::operation::{LinkChange, LinkRef, Operation};
+use crate::plan::{Plan, Step};
+use crate::policy;
+
+/// What has to go, in the order of operations: addresses, rules, routes, then the links as they were found.
+pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
+    let mut steps = Vec::new();
+    let mut push = |operation: Operation, reason: &str| {
+        steps.push(Step { eni: None, operation, reason: reason.into() });
+    };
+    let mark = format!("carries eniup's mark, protocol {}", config.mark);
+    for (index, address) in &observed.addresses {
+        if let Some(link) = observed.links.get(index).filter(|_| policy::owns_address(config, address)) {
+            push(Operation::DeleteAddress { link: reference(link), address: *address }, &mark);
+        }
+    }
+    for rule in observed.rules.iter().filter(|rule| policy::owns_rule(config, rule)) {
+        push(Operation::DeleteRule { rule: rule.clone() }, &mark);
+    }
+    for (index, route) in observed.routes.iter().filter(|(_, route)| policy::owns_route(config, route)) {
+        let link = index.and_then(|index| observed.links.get(&index)).map(reference);
+        push(Operation::DeleteRoute { link, route: *route }, &mark);
+    }
+    for link in observed.links.values() {
+        if link.group == config.link_group {
+            push(Operation::ResetLink { link: reference(link), change: LinkChange::Group(0) }, "eniup's link group");
+        }
+        if let Some(found) = ledger.links.get(&link.index) {
+            for change in changes_back(link, found, observed, config) {
+                push(Operation::ResetLink { link: reference(link), change }, "as eniup found it");
+            }
+        }
+    }
+    steps.sort_by_key(|step| step.operation.phase());
+    Plan { steps, ..Plan::default() }
+}
+
+fn reference(link: &Link) -> LinkRef {
+    LinkRef { index: link.index, name: link.name.clone() }
+}
+
+/// The link goes down first, so that it takes no router advertisement in between; it stays up, and deaf to those, when
+/// somebody else uses it by now.
+fn changes_back(link: &Link, found: &Found, observed: &Observed, config: &Config) -> Vec<LinkChange> {
+    let mut changes = Vec::new();
+    let Found { is_up, mtu, accept_ra, altnames } = found;
+    let goes_down = *is_up == Some(false) && link.is_up && !is_used_by_others(link, observed, config);
+    if goes_down {
+        changes.push(LinkChange::Down);
+    }
+    if let (Some(accept_ra), Some(ipv6)) = (accept_ra, &link.ipv6)
+        && ipv6.accept_ra != *accept_ra
+        && (goes_down || !link.is_up || *is_up != Some(false))
+    {
+        changes.push(LinkChange::AcceptRa(*accept_ra));
+    }
+    if let Some(mtu) = mtu.filter(|mtu| *mtu != link.mtu) {
+        changes.push(LinkChange::Mtu(mtu));
+    }
+    let given = altnames.iter().filter(|name| link.altnames.contains(*name));
+    changes.extend(given.map(|name| LinkChange::DeleteAltname(name.clone())));
+    changes
+}
+
+/// Whether somebody else's addresses or routes are on the link; the kernel's own link-local ones do not count.
+fn is_used_by_others(link: &Link, observed: &Observed, config: &Config) -> bool {
+    let is_link_local = |address: std::net::IpAddr| match address {
+        std::net::IpAddr::V4(_) => false,
+        std::net::IpAddr::V6(address) => address.is_unicast_link_local() || address.is_multicast(),
+    };
+    let addresses = observed.addresses.iter().filter(|(index, _)| *index == link.index);
+    let mut others = addresses.filter(|(_, address)| !policy::owns_address(config, address));
+    let has_address = others.any(|(_, address)| !is_link_local(address.net.addr()));
+    let routes = observed.routes.iter().filter(|(index, _)| *index == Some(link.index));
+    let has_route = routes
+        .filter(|(_, route)| !policy::owns_route(config, route))
+        // The kernel makes local, broadcast, multicast and link-local routes for every link and address.
+        .any(|(_, route)| route.protocol != policy::KERNEL_PROTOCOL);
+    has_address || has_route
+}

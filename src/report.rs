@@ -1,0 +1,90 @@
+//! What a run came to, for people and for the exit code.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Exit codes, fixed for ever.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exit {
+    Ok = 0,
+    Failed = 1,
+    /// There are differences; only where `--detailed-exitcode` asks for it.
+    Differences = 2,
+    /// An ENI is pending or failed, the others are done.
+    Degraded = 3,
+    Usage = 64,
+    MetadataUnavailable = 69,
+    /// Another run held the lock.
+    Busy = 75,
+    NotPermitted = 77,
+    BadConfiguration = 78,
+}
+
+/// What became of the machine in one run.
+#[derive(Default, Debug)]
+pub struct Report {
+    /// ENIs that are not as they should be, by id (or MAC), and why.
+    pub troubles: BTreeMap<String, Trouble>,
+    /// Changes that belong to no ENI and were not made, or did not stay.
+    pub unsettled: Vec<String>,
+    /// What an administrator should know though all is done.
+    pub notes: Vec<String>,
+    /// Changes made.
+    pub changes: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Trouble {
+    pub state: State,
+    pub why: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Everything is known of it.
+    Ready,
+    /// It may be ready a moment later.
+    Pending,
+    /// Waiting does not help.
+    Failed,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.pad(match self {
+            State::Ready => "ready",
+            State::Pending => "pending",
+            State::Failed => "failed",
+        })
+    }
+}
+
+impl Report {
+    pub fn exit(&self) -> Exit {
+        if !self.unsettled.is_empty() {
+            Exit::Failed
+        } else if !self.troubles.is_empty() {
+            Exit::Degraded
+        } else {
+            Exit::Ok
+        }
+    }
+
+    /// Whether waiting may help.
+    pub fn may_pass(&self) -> bool {
+        self.troubles.values().any(|trouble| trouble.state == State::Pending)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        for (eni, Trouble { state, why }) in &self.troubles {
+            writeln!(f, "{eni} is {state}: {why}")?;
+        }
+        for unsettled in &self.unsettled {
+            writeln!(f, "not done: {unsettled}")?;
+        }
+        Ok(())
+    }
+}
