@@ -209,10 +209,11 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         set_aside(mac, reason, &mut ready, &mut pending);
     }
     let mut disputes: BTreeMap<MacAddr, Vec<Dispute>> = BTreeMap::new();
-    for (mac, dispute) in source_conflicts(&ready) {
-        // The primary is what the machine stands on, and metadata had it from launch.
-        if mac != primary {
-            disputes.entry(mac).or_default().push(dispute);
+    // The primary is what the machine stands on, and metadata had it from launch.
+    for (mac, dispute) in source_conflicts(&ready).into_iter().filter(|(mac, _)| *mac != primary) {
+        let of_eni = disputes.entry(mac).or_default();
+        if !of_eni.contains(&dispute) {
+            of_eni.push(dispute);
         }
     }
     for (mac, disputes) in &disputes {

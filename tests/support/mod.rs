@@ -1,0 +1,200 @@
+//! What several tests share: scenario folders, and a model of a machine to which plans are applied.
+//!
+//! A scenario is a folder below `tests/scenarios` named for what it shows: `metadata.json` (a snapshot as `eniup plan
+//! --metadata` takes it), optionally `before.json` (an earlier snapshot that the machine was brought into agreement
+//! with), optionally `machine.json` (how the machine differs from a fresh one), and `plan.txt`, the expected output.
+#![allow(dead_code)] // Each test binary uses its own part.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use eniup::config::Config;
+use eniup::desired::desired;
+use eniup::eni::Attached;
+use eniup::metadata::{self, Tree};
+use eniup::net::{Address, MacAddr, Observed};
+use eniup::operation::{LinkChange, Operation};
+use eniup::plan::{Plan, fresh_machine, plan};
+use serde::Deserialize;
+
+pub struct Scenario {
+    pub name: String,
+    pub folder: PathBuf,
+    pub attached: Attached,
+    pub before: Option<Attached>,
+    pub machine: Machine,
+}
+
+/// How a machine differs from a fresh one, by the MAC of an ENI.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Machine {
+    pub no_link_for: Vec<MacAddr>,
+    pub gone: Vec<MacAddr>,
+    pub rename: BTreeMap<MacAddr, String>,
+    pub bounce: Vec<MacAddr>,
+    pub enslave: Vec<MacAddr>,
+    pub twice: Vec<MacAddr>,
+    pub macvlan: Vec<MacAddr>,
+    pub foreign_address: BTreeMap<MacAddr, Vec<ipnet::IpNet>>,
+    pub no_ipv6: Vec<MacAddr>,
+    pub group: BTreeMap<MacAddr, u32>,
+    pub mtu: BTreeMap<MacAddr, u32>,
+}
+
+pub fn read_attached(path: &Path) -> Result<Attached> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(metadata::attached(&Tree::from_json(&text).with_context(|| path.display().to_string())?)?)
+}
+
+/// All scenarios, by name.
+pub fn scenarios() -> Result<Vec<Scenario>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let mut scenarios = Vec::new();
+    for entry in fs::read_dir(&root)? {
+        let folder = entry?.path();
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let before = folder.join("before.json");
+        let machine = folder.join("machine.json");
+        scenarios.push(Scenario {
+            attached: read_attached(&folder.join("metadata.json"))?,
+            before: before.exists().then(|| read_attached(&before)).transpose()?,
+            machine: match machine.exists() {
+                true => serde_json::from_str(&fs::read_to_string(&machine)?).with_context(|| name.clone())?,
+                false => Machine::default(),
+            },
+            folder,
+            name,
+        });
+    }
+    scenarios.sort_by(|a, b| a.name.cmp(&b.name));
+    assert!(scenarios.len() > 20, "the scenario folders are missing");
+    Ok(scenarios)
+}
+
+impl Scenario {
+    pub fn plan(&self, observed: &Observed) -> Plan {
+        plan_for(&self.attached, observed)
+    }
+
+    /// The machine as the scenario finds it.
+    pub fn observed(&self) -> Observed {
+        let first = self.before.as_ref().unwrap_or(&self.attached);
+        let mut observed = fresh_machine(first);
+        for (mac, mtu) in &self.machine.mtu {
+            link(&mut observed, *mac).mtu = *mtu;
+        }
+        if let Some(before) = &self.before {
+            let plan = plan_for(before, &observed);
+            apply(&mut observed, &plan);
+        }
+        self.change(&mut observed);
+        observed
+    }
+
+    fn change(&self, observed: &mut Observed) {
+        let machine = &self.machine;
+        for mac in machine.gone.iter().chain(&machine.no_link_for) {
+            let found = observed.links.values().find(|link| link.mac == Some(*mac)).map(|link| link.index);
+            if let Some(index) = found {
+                observed.links.remove(&index);
+                observed.addresses.retain(|(on, _)| *on != index);
+                observed.routes.retain(|(on, _)| *on != Some(index));
+            }
+        }
+        for (mac, name) in &machine.rename {
+            link(observed, *mac).name.clone_from(name);
+        }
+        for mac in &machine.bounce {
+            // The kernel drops the link's routes and IPv6 addresses when it goes down; they do not come back.
+            let index = link(observed, *mac).index;
+            observed.routes.retain(|(on, _)| *on != Some(index));
+            observed.addresses.retain(|(on, address)| *on != index || address.net.addr().is_ipv4());
+        }
+        for mac in &machine.enslave {
+            let mut bridge = link(observed, *mac).clone();
+            bridge.index = 90;
+            bridge.name = "br0".into();
+            bridge.kind = Some("bridge".into());
+            observed.links.insert(90, bridge);
+            link(observed, *mac).controller = Some(90);
+        }
+        for (macs, kind) in [(&machine.twice, None), (&machine.macvlan, Some("macvlan"))] {
+            for mac in macs {
+                let mut other = link(observed, *mac).clone();
+                other.index = 91;
+                other.name = "other0".into();
+                other.kind = kind.map(String::from);
+                other.altnames.clear();
+                observed.links.insert(91, other);
+            }
+        }
+        for (mac, nets) in &machine.foreign_address {
+            let index = link(observed, *mac).index;
+            for net in nets {
+                let address = Address { net: *net, is_deprecated: false, has_prefix_route: true, protocol: 0 };
+                observed.addresses.insert((index, address));
+            }
+        }
+        for mac in &machine.no_ipv6 {
+            if let Some(ipv6) = &mut link(observed, *mac).ipv6 {
+                ipv6.is_disabled = true;
+            }
+        }
+        for (mac, group) in &machine.group {
+            link(observed, *mac).group = *group;
+        }
+    }
+}
+
+fn link(observed: &mut Observed, mac: MacAddr) -> &mut eniup::net::Link {
+    observed.links.values_mut().find(|link| link.mac == Some(mac)).expect("the scenario names a MAC that it has not")
+}
+
+pub fn plan_for(attached: &Attached, observed: &Observed) -> Plan {
+    let config = Config::default();
+    plan(&desired(attached, &config), observed, attached.primary, &config)
+}
+
+/// Makes the plan's changes to a model of the machine. An add of what is there and a delete of what is not there are
+/// faults of the plan.
+pub fn apply(observed: &mut Observed, plan: &Plan) {
+    for step in &plan.steps {
+        match &step.operation {
+            Operation::SetLink { link, change } | Operation::ResetLink { link, change } => {
+                let link = observed.links.get_mut(&link.index).expect("a link that is there");
+                match change {
+                    LinkChange::AcceptRa(value) => {
+                        link.ipv6.as_mut().expect("a link with IPv6").accept_ra = *value;
+                    }
+                    LinkChange::Mtu(mtu) => link.mtu = *mtu,
+                    LinkChange::Group(group) => link.group = *group,
+                    LinkChange::AddAltname(name) => assert!(link.altnames.insert(name.clone()), "{step}"),
+                    LinkChange::DeleteAltname(name) => assert!(link.altnames.remove(name), "{step}"),
+                    LinkChange::Up => link.is_up = true,
+                    LinkChange::Down => link.is_up = false,
+                }
+            }
+            Operation::AddRoute { link, route } => {
+                assert!(observed.routes.insert((link.as_ref().map(|link| link.index), *route)), "{step}");
+            }
+            Operation::DeleteRoute { link, route } => {
+                assert!(observed.routes.remove(&(link.as_ref().map(|link| link.index), *route)), "{step}");
+            }
+            Operation::AddRule { rule } => assert!(observed.rules.insert(rule.clone()), "{step}"),
+            Operation::DeleteRule { rule } => assert!(observed.rules.remove(rule), "{step}"),
+            Operation::AddAddress { link, address } => {
+                assert!(observed.addresses.insert((link.index, *address)), "{step}");
+            }
+            Operation::ChangeAddress { link, address } => {
+                observed.addresses.retain(|(on, old)| (*on, old.net) != (link.index, address.net));
+                observed.addresses.insert((link.index, *address));
+            }
+            Operation::DeleteAddress { link, address } => {
+                assert!(observed.addresses.remove(&(link.index, *address)), "{step}");
+            }
+        }
+    }
+}
