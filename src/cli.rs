@@ -246,7 +246,7 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
         anyhow!("the snapshot {} is not UTF-8 (byte {})", file.display(), error.utf8_error().valid_up_to())
     })?;
     let tree = Tree::from_json(&text).with_context(|| format!("reading the snapshot {}", file.display()))?;
-    let attached = metadata::attached(&tree).with_context(|| format!("the snapshot {}", file.display()))?;
+    let attached = metadata::attached(&tree).map_err(|error| anyhow!("the snapshot {}: {error}", file.display()))?;
     let mut observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");

@@ -144,13 +144,16 @@ impl Imds {
             for endpoint in &endpoints {
                 match token(&client, endpoint, deadline).await? {
                     Ok(token) => return Ok(Imds { client, endpoint: endpoint.clone(), token, deadline }),
-                    Err(why) if last.is_empty() => last = why,
+                    Err(why) if last.is_empty() || last == why => last = why,
                     Err(why) => last = format!("{last}; {why}"),
                 }
             }
             if Instant::now() + pause >= deadline {
                 let waited = started.elapsed();
                 return Err(Error::NoAnswer { endpoints: shown(&endpoints), last, waited });
+            }
+            if pause == FIRST_PAUSE {
+                tracing::info!("waiting for instance metadata at {} ({last})", shown(&endpoints));
             }
             sleep_until(Instant::now() + with_jitter(pause)).await;
             pause = (pause * 2).min(LONGEST_PAUSE);

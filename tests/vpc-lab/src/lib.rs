@@ -1,1 +1,7 @@
+//! A VPC in a box.
 
+pub mod imds;
+pub mod metadata;
+pub mod sandbox;
+
+pub use sandbox::inside;

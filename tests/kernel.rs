@@ -1,0 +1,621 @@
+//! The real kernel, in network namespaces of the tests' own, with iproute2 as second opinion and eniup as a user runs it.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result, bail, ensure};
+use eniup::eni::Attached;
+use eniup::net::MacAddr;
+use support::scenarios;
+use vpc_lab::imds::Service;
+use vpc_lab::metadata::Published;
+
+/// A machine: a network namespace (this thread's) with links for ENIs and a metadata service on its loopback.
+struct Machine {
+    directory: PathBuf,
+    endpoint: String,
+    tree: Arc<Mutex<Published>>,
+    _service: Service,
+    /// MAC → the link's name.
+    links: BTreeMap<MacAddr, String>,
+}
+
+/// Runs the test on a machine of its own: a thread in a new network namespace.
+fn on_a_machine<T: Send>(test: impl FnOnce(&mut Machine) -> Result<T> + Send) -> Result<T> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let run = || {
+        // SAFETY: unshare moves this thread alone into a new network namespace.
+        ensure!(unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0, "unshare: {}", std::io::Error::last_os_error());
+        ip("link set lo up")?;
+        let tree = Arc::new(Mutex::new(Published::new()));
+        let (service, address) = vpc_lab::imds::serve_on_loopback(tree.clone())?;
+        let directory = PathBuf::from(format!("/run/machine-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
+        let endpoint = format!("http://{address}");
+        let mut machine = Machine { directory, endpoint, tree, _service: service, links: BTreeMap::new() };
+        test(&mut machine)
+    };
+    std::thread::scope(|scope| scope.spawn(run).join().expect("the test's thread panicked"))
+}
+
+fn output(command: &mut Command) -> Result<Output> {
+    command.output().with_context(|| format!("running {command:?}: install it with tests/prepare"))
+}
+
+/// ip(8), which has to succeed.
+fn ip(arguments: &str) -> Result<String> {
+    let output = output(Command::new("ip").args(arguments.split_whitespace()))?;
+    ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+struct Run {
+    exit: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl Machine {
+    fn eniup(&self, arguments: &str) -> Result<Run> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
+        command.args(arguments.split_whitespace());
+        command.env("RUNTIME_DIRECTORY", &self.directory).env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &self.endpoint);
+        let output = output(&mut command)?;
+        Ok(Run {
+            exit: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout)?,
+            stderr: String::from_utf8(output.stderr)?,
+        })
+    }
+
+    /// Reconciles and expects this exit code.
+    fn reconcile(&self, exit: i32) -> Result<Run> {
+        let run = self.eniup("reconcile --timeout 1s")?;
+        ensure!(run.exit == exit, "exit {} instead of {exit}: {}", run.exit, run.stderr);
+        Ok(run)
+    }
+
+    /// A second run finds nothing to do and says nothing.
+    fn assert_settled(&self) -> Result<()> {
+        let plan = self.eniup("plan --detailed-exitcode")?;
+        ensure!(plan.exit != 2 && plan.stdout.is_empty(), "something is left to do:\n{}", plan.stdout);
+        if plan.exit == 0 {
+            let again = self.reconcile(0)?;
+            ensure!(again.stderr.is_empty() && again.stdout.is_empty(), "a second run says: {}", again.stderr);
+        }
+        Ok(())
+    }
+
+    /// What EC2 does when this snapshot becomes true: links come and go, and metadata tells so.
+    fn become_attached(&mut self, metadata: &Path, attached: &Attached) -> Result<()> {
+        let snapshot: serde_json::Value = serde_json::from_str(&fs::read_to_string(metadata)?)?;
+        let leaves: BTreeMap<String, String> = serde_json::from_value(snapshot["leaves"].clone())?;
+        *self.tree.lock().unwrap() = Published::raw(leaves, BTreeMap::new());
+        // An EFA-only ENI has no link.
+        let has_link = |mac: &&MacAddr| match attached.ready.get(*mac) {
+            Some(eni) => !(eni.ipv4s.is_empty() && eni.ipv6s.is_empty()),
+            None => true,
+        };
+        let listed = attached.ready.keys().chain(attached.pending.keys());
+        let wanted: BTreeSet<MacAddr> = listed.filter(has_link).copied().collect();
+        let gone: Vec<MacAddr> = self.links.keys().filter(|mac| !wanted.contains(mac)).copied().collect();
+        for mac in gone {
+            let name = self.links.remove(&mac).unwrap_or_default();
+            ip(&format!("link del {name}"))?;
+        }
+        for mac in wanted {
+            if !self.links.contains_key(&mac) {
+                self.plug(mac, mac == attached.primary)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn plug(&mut self, mac: MacAddr, is_primary: bool) -> Result<()> {
+        let number = mac.to_string().rsplit(':').next().unwrap_or_default().to_string();
+        let name = format!("eth{number}");
+        ip(&format!("link add {name} address {mac} type veth peer name peer{number} address 02:99:00:00:00:{number}"))?;
+        ip(&format!("link set peer{number} up"))?;
+        if is_primary {
+            ip(&format!("link set {name} mtu 9001 up"))?;
+            ip(&format!("addr add 10.0.0.10/24 dev {name}"))?;
+            ip("route add default via 10.0.0.1 proto dhcp metric 100")?;
+        }
+        self.links.insert(mac, name);
+        Ok(())
+    }
+}
+
+/// What the kernel has, as iproute2 tells it, without what differs by itself between two namespaces.
+fn dump() -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    let dumps =
+        ["-d -o link", "-d -o addr", "-4 -d route show table all", "-6 -d route show table all", "-4 rule", "-6 rule"];
+    for dump in dumps {
+        for line in ip(dump)?.lines() {
+            // The index, and the kernel's own routes for peers' link-local addresses, which come when they come.
+            let line = line
+                .split_once(": ")
+                .map_or(line, |(first, rest)| if first.parse::<u32>().is_ok() { rest } else { line });
+            // A link that was never up has no queueing discipline yet.
+            let line = line.replace("qdisc noop ", "qdisc noqueue ");
+            if !line.contains("fe80::") && !line.contains("ff00::/8") {
+                lines.push(format!("{dump}: {}", line.trim_end()));
+            }
+        }
+    }
+    Ok(lines)
+}
+
+/// What carries our mark, and all addresses of ENIs: an iproute2 that does not know `IFA_PROTO` does not show theirs.
+fn ours() -> Result<BTreeSet<String>> {
+    let is_ours = |line: &String| line.contains("proto 176") || line.starts_with("-d -o addr: eth");
+    Ok(dump()?.into_iter().filter(is_ours).collect())
+}
+
+fn difference(before: &[String], after: &[String]) -> String {
+    let gone = before.iter().filter(|line| !after.contains(line)).map(|line| format!("- {line}\n"));
+    let come = after.iter().filter(|line| !before.contains(line)).map(|line| format!("+ {line}\n"));
+    gone.chain(come).collect()
+}
+
+/// iproute2 of 2022 and before does not know an address's `proto`, neither to set nor to show it. With such a one the
+/// mark on addresses is left out of the comparison on both sides; all else stays in.
+fn knows_address_protocols() -> bool {
+    ip("addr add 127.0.0.9/32 dev lo proto 176").is_ok() && ip("addr del 127.0.0.9/32 dev lo").is_ok()
+}
+
+fn for_this_ip(script: &str) -> String {
+    let without = |line: &str| match line.starts_with("ip addr") {
+        true => line.replace(" proto 176", ""),
+        false => line.to_string(),
+    };
+    match knows_address_protocols() {
+        true => script.to_string(),
+        false => script.lines().map(|line| without(line) + "\n").collect(),
+    }
+}
+
+#[test]
+fn the_printed_plan_run_through_iproute2_gives_the_same_kernel_state_as_netlink() {
+    vpc_lab::inside(|| {
+        for scenario in scenarios()?.iter().filter(|scenario| !scenario.folder.join("machine.json").exists()) {
+            let metadata = scenario.folder.join("metadata.json");
+            let by_netlink = on_a_machine(|machine| {
+                machine.become_attached(&metadata, &scenario.attached)?;
+                machine.eniup("reconcile --timeout 1s")?;
+                machine.assert_settled()?;
+                dump()
+            })?;
+            let by_commands = on_a_machine(|machine| {
+                machine.become_attached(&metadata, &scenario.attached)?;
+                let script = for_this_ip(&machine.eniup("plan")?.stdout);
+                let output = output(Command::new("sh").args(["-ec", &script]))?;
+                ensure!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
+                machine.assert_settled()?;
+                dump()
+            })?;
+            ensure!(by_netlink.len() > 10, "the dump is empty");
+            let difference = difference(&by_commands, &by_netlink);
+            ensure!(difference.is_empty(), "{} (- ip, + eniup):\n{difference}", scenario.name);
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn from_any_scenario_to_any_other_one_run_converges_on_the_kernel() {
+    vpc_lab::inside(|| {
+        let scenarios = scenarios()?;
+        let whole: Vec<_> = scenarios.iter().filter(|scenario| scenario.attached.is_complete()).collect();
+        let mut fresh = BTreeMap::new();
+        for scenario in &whole {
+            let state = on_a_machine(|machine| {
+                machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+                machine.reconcile(0)?;
+                ours()
+            })?;
+            fresh.insert(&scenario.name, state);
+        }
+        on_a_machine(|machine| {
+            // A walk over every ordered pair of whole ones: 0→1→0→2→0→…→1→2→1→3→1→…
+            let mut walk = vec![whole[0]];
+            for (n, from) in whole.iter().enumerate() {
+                walk.extend(whole[n + 1..].iter().flat_map(|to| [*to, *from]));
+                walk.extend(whole.get(n + 1));
+            }
+            // Those with a pending ENI are waited for, so each is visited once, between two whole ones.
+            let pending = scenarios.iter().filter(|scenario| !scenario.attached.is_complete());
+            walk.extend(pending.enumerate().flat_map(|(n, to)| [to, whole[n % whole.len()]]));
+            let mut from = "nothing";
+            for to in walk {
+                machine.become_attached(&to.folder.join("metadata.json"), &to.attached)?;
+                let run =
+                    machine.eniup(if to.attached.is_complete() { "reconcile" } else { "reconcile --timeout 1s" })?;
+                ensure!([0, 3].contains(&run.exit), "{from} → {}: {}", to.name, run.stderr);
+                let plan = machine.eniup("plan")?;
+                ensure!(plan.stdout.is_empty(), "{from} → {}: left to do:\n{}", to.name, plan.stdout);
+                if let Some(wanted) = fresh.get(&to.name) {
+                    let wanted: Vec<String> = wanted.iter().cloned().collect();
+                    let state: Vec<String> = ours()?.into_iter().collect();
+                    let difference = difference(&wanted, &state);
+                    ensure!(difference.is_empty(), "{from} → {}:\n{difference}", to.name);
+                }
+                from = &to.name;
+            }
+            Ok(())
+        })
+    });
+}
+
+/// A machine with a second ENI, dual stack.
+fn with_two_enis<T: Send>(test: impl FnOnce(&mut Machine) -> Result<T> + Send) -> Result<T> {
+    let scenario = scenarios()?.into_iter().find(|scenario| scenario.name == "two-subnets-dual-stack");
+    let scenario = scenario.context("the scenario is missing")?;
+    on_a_machine(|machine| {
+        machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+        test(machine)
+    })
+}
+
+/// Objects of every sort that are not ours, some of them hard to tell from ours.
+const FOREIGN: &str = "
+link set eth02 up
+link add br0 address 02:88:00:00:00:01 type bridge
+link add veth0 address 02:88:00:00:00:02 type veth peer name veth1 address 02:88:00:00:00:03
+link set veth0 master br0
+link set br0 up
+link set veth0 up
+link set veth1 up
+link add link eth02 name mac0 address 02:88:00:00:00:04 type macvlan mode bridge
+addr add 172.17.0.1/16 dev br0
+addr add 10.0.1.20/24 dev mac0
+addr add 10.77.0.1/24 dev eth02
+addr add 10.0.1.99/32 dev eth02
+addr add 10.0.1.98/24 dev eth02 valid_lft 3600 preferred_lft 1800
+addr add fd00:77::1/64 dev br0 nodad
+addr add 10.0.0.77/32 dev lo
+route add 192.0.2.0/24 dev br0
+route add blackhole 192.0.3.0/24
+route add unreachable 192.0.4.0/24 table 20001 proto static
+route add prohibit 192.0.5.0/24 table 20001 metric 7
+route add 192.0.6.0/24 via 172.17.0.9 mtu 1400 table 20001 proto 175
+route add 192.0.7.0/24 nexthop via 172.17.0.9 weight 1 nexthop via 172.17.0.8 weight 2
+route add default via 172.17.0.9 table 100 proto static
+-6 route add 2001:db8:7::/48 dev br0
+-6 route add blackhole 2001:db8:8::/48 table 20001
+rule add priority 100 from 10.0.1.20 lookup 100
+rule add priority 19900 lookup main suppress_prefixlength 0
+rule add priority 19900 lookup main suppress_prefixlength 7 suppress_ifgroup 20000
+rule add priority 20001 from 10.0.1.20 lookup 20001
+rule add priority 24001 from 10.0.1.0/24 iif lo lookup 20001 protocol 175
+rule add priority 20001 oif eth02 lookup 20001 protocol static
+rule add priority 300 fwmark 0x10/0xff lookup 100
+rule add priority 301 ipproto tcp dport 22 lookup 100
+rule add priority 302 uidrange 1000-1001 lookup 100
+rule add priority 303 from 10.9.0.0/16 blackhole
+rule add priority 304 not from 10.8.0.0/16 lookup 100
+rule add priority 5210 from all fwmark 0x80000/0xff0000 lookup main
+-6 rule add priority 20001 from 2600:1f16:67f:f201::14 lookup 20001
+-6 rule add priority 305 from 2001:db8::/32 prohibit
+";
+
+fn add_foreign_objects() -> Result<()> {
+    for line in FOREIGN.trim().lines() {
+        ip(line)?;
+    }
+    if knows_address_protocols() {
+        ip("addr add 10.0.1.97/32 dev eth02 proto 175")?;
+    }
+    Ok(())
+}
+
+/// Addresses with a lifetime count down, and so do a bridge's timers.
+fn without_countdown(lines: Vec<String>) -> Vec<String> {
+    let is_counting = |word: &str| {
+        let is_lifetime = word.ends_with("sec") && word.trim_end_matches("sec").parse::<u32>().is_ok();
+        is_lifetime || word.is_empty() || word.contains('.') && word.parse::<f64>().is_ok()
+    };
+    let strip = |line: String| line.split(' ').filter(|word| !is_counting(word)).collect::<Vec<_>>().join(" ");
+    lines.into_iter().map(strip).collect()
+}
+
+#[test]
+fn foreign_objects_of_every_sort_are_untouched_and_release_leaves_the_machine_as_it_was() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            add_foreign_objects()?;
+            let before = without_countdown(dump()?);
+            machine.reconcile(0)?;
+            machine.assert_settled()?;
+            let during = without_countdown(dump()?);
+            // Links are set and routes of the kernel come with a link that goes up; nothing else of before is gone.
+            let is_link = |line: &&String| line.starts_with("-d -o link:");
+            let gone: Vec<&String> =
+                before.iter().filter(|line| !during.contains(line)).filter(|line| !is_link(line)).collect();
+            ensure!(gone.is_empty(), "gone after reconcile: {gone:#?}");
+            ensure!(!ours()?.is_empty(), "nothing was done");
+
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "release: {}", release.stderr);
+            let after = without_countdown(dump()?);
+            let difference = difference(&before, &after);
+            ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn release_puts_links_back_as_they_were_found() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            let before = dump()?;
+            machine.reconcile(0)?;
+            ensure!(ip("link show eth02")?.contains(",UP"), "the link is not up");
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "release: {}", release.stderr);
+            let difference = difference(&before, &dump()?);
+            ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn release_leaves_a_link_up_that_somebody_else_uses_by_now() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ip("addr add 10.77.0.1/24 dev eth02")?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "release: {}", release.stderr);
+            ensure!(ip("link show eth02")?.contains(",UP"), "the link went down");
+            ensure!(ip("addr show eth02")?.contains("10.77.0.1/24"), "the address is gone");
+            let accept_ra = fs::read_to_string("/proc/thread-self/net/../../../sys/net/ipv6/conf/eth02/accept_ra");
+            ensure!(accept_ra.is_err() || accept_ra?.trim() == "0", "router advertisements are taken again");
+            ensure!(machine.eniup("release --dry-run")?.stdout.is_empty(), "release is not done");
+            Ok(())
+        })
+    });
+}
+
+/// A run that repairs what happened to the second ENI's link.
+fn repairs(what_happens: &[&str]) -> Result<()> {
+    with_two_enis(|machine| {
+        machine.reconcile(0)?;
+        let whole: Vec<String> = ours()?.into_iter().collect();
+        for command in what_happens {
+            ip(command)?;
+        }
+        let broken: Vec<String> = ours()?.into_iter().collect();
+        ensure!(broken != whole, "nothing was broken by {what_happens:?}");
+        machine.reconcile(0)?;
+        machine.assert_settled()?;
+        let repaired: Vec<String> = ours()?.into_iter().collect();
+        let difference = difference(&whole, &repaired);
+        ensure!(difference.is_empty(), "{what_happens:?}:\n{difference}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_bounced_link_is_repaired_by_the_next_run() {
+    vpc_lab::inside(|| repairs(&["link set eth02 down", "link set eth02 up"]));
+}
+
+#[test]
+fn a_link_that_went_down_is_repaired_by_the_next_run() {
+    vpc_lab::inside(|| repairs(&["link set eth02 down"]));
+}
+
+#[test]
+fn flushed_addresses_routes_and_rules_are_repaired_by_the_next_run() {
+    vpc_lab::inside(|| repairs(&["addr flush dev eth02", "route flush table 20001", "rule del priority 24001"]));
+}
+
+#[test]
+fn a_renamed_link_gets_its_rule_and_loses_the_old_one() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ip("link set eth02 down")?;
+            ip("link set eth02 name ens6")?;
+            machine.reconcile(0)?;
+            machine.assert_settled()?;
+            let rules = ip("rule")?;
+            ensure!(rules.contains("oif ens6") && !rules.contains("oif eth02"), "{rules}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_detached_eni_leaves_nothing_behind() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            let alone =
+                scenarios()?.into_iter().find(|scenario| scenario.name == "one-eni-gets-its-secondary-addresses");
+            let alone = alone.context("the scenario is missing")?;
+            machine.reconcile(0)?;
+            machine.become_attached(&alone.folder.join("metadata.json"), &alone.attached)?;
+            machine.reconcile(0)?;
+            machine.assert_settled()?;
+            let left = ours()?;
+            ensure!(left.iter().all(|line| line.contains("-o addr: eth01")), "left behind: {left:#?}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn two_runs_at_once_wait_for_each_other_and_no_longer_than_they_may() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            fs::create_dir_all(&machine.directory)?;
+            let lock = fs::File::create(machine.directory.join("lock"))?;
+            lock.lock()?;
+            let started = std::time::Instant::now();
+            let busy = machine.eniup("reconcile --timeout 300ms")?;
+            let took = started.elapsed();
+            ensure!(
+                busy.exit == 75 && busy.stderr.contains("another eniup run"),
+                "exit {}: {}",
+                busy.exit,
+                busy.stderr
+            );
+            ensure!((300..3000).contains(&took.as_millis()), "it waited {took:?}");
+            lock.unlock()?;
+            machine.reconcile(0)?;
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn many_runs_at_once_end_in_one_result() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            let children: Result<Vec<_>> = (0..8)
+                .map(|_| {
+                    let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
+                    command.arg("reconcile").env("RUNTIME_DIRECTORY", &machine.directory);
+                    command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &machine.endpoint);
+                    Ok(command.stderr(std::process::Stdio::piped()).spawn()?)
+                })
+                .collect();
+            let mut talkers = 0;
+            for child in children? {
+                let output = child.wait_with_output()?;
+                ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+                talkers += usize::from(!output.stderr.is_empty());
+            }
+            ensure!(talkers == 1, "{talkers} runs changed something");
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
+fn one_eni_in_trouble_does_not_stop_the_others() {
+    vpc_lab::inside(|| {
+        let scenarios = scenarios()?;
+        let scenario = scenarios.iter().find(|scenario| scenario.name == "three-enis-of-which-two-share");
+        let scenario = scenario.context("the scenario is missing")?;
+        for trouble in [
+            &["link add br0 type bridge", "link set eth02 master br0"][..],
+            &["link add other0 address 02:00:00:00:00:02 type veth peer name other1"][..],
+        ] {
+            on_a_machine(|machine| {
+                machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+                for command in trouble {
+                    ip(command)?;
+                }
+                let run = machine.reconcile(3)?;
+                ensure!(run.stderr.contains("eni-02 is failed"), "{}", run.stderr);
+                ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
+                ensure!(!ip("addr show eth02")?.contains("10.0.1.20"), "the ENI in trouble was touched");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
+    vpc_lab::inside(|| {
+        let scenarios = scenarios()?;
+        let scenario = scenarios.iter().find(|scenario| scenario.name == "three-enis-of-which-two-share");
+        let scenario = scenario.context("the scenario is missing")?;
+        on_a_machine(|machine| {
+            machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+            // The place of the router's route is taken by somebody else's, so ours cannot be added.
+            ip("link set eth02 up")?;
+            ip("route add default dev eth02 table 20001 proto static")?;
+            let run = machine.reconcile(3)?;
+            ensure!(run.stderr.contains("eni-02 is failed"), "{}", run.stderr);
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
+            ensure!(ip("route show table 20001")?.contains("default dev eth02"), "the foreign route is gone");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn without_the_capability_nothing_is_read_or_changed() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            let before = dump()?;
+            let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
+            command.arg("reconcile").env("RUNTIME_DIRECTORY", &machine.directory);
+            command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &machine.endpoint);
+            drop_capabilities(&mut command);
+            let output = output(&mut command)?;
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code() == Some(77) && stderr.contains("CAP_NET_ADMIN"),
+                "{:?}: {stderr}",
+                output.status
+            );
+            ensure!(stderr.lines().count() == 1, "more than one line: {stderr}");
+            ensure!(!machine.directory.exists(), "something was written");
+            ensure!(difference(&before, &dump()?).is_empty(), "something was changed");
+            Ok(())
+        })
+    });
+}
+
+fn drop_capabilities(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: prctl is async-signal-safe. Without the bounding set, exec leaves even root without capabilities.
+    unsafe {
+        command.pre_exec(|| {
+            for capability in 0..64 {
+                libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
+            }
+            Ok(())
+        })
+    };
+}
+
+#[test]
+fn the_network_is_as_it_was_when_metadata_cannot_be_used() {
+    vpc_lab::inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let before = dump()?;
+            let mac = "02:00:00:00:00:01";
+            let raw = |leaves: &[(&str, &str)]| {
+                let leaves = leaves.iter().map(|(path, body)| (path.to_string(), body.to_string())).collect();
+                Published::raw(leaves, BTreeMap::new())
+            };
+            let id = format!("network/interfaces/macs/{mac}/interface-id");
+            let trees = [
+                ("no keys at all", raw(&[])),
+                ("no primary MAC", raw(&[(&id, "eni-01")])),
+                ("a MAC that is none", raw(&[("mac", "eth0"), (&id, "eni-01")])),
+                ("a list without the primary", raw(&[("mac", "02:00:00:00:00:99"), (&id, "eni-01")])),
+                ("no list", raw(&[("mac", mac)])),
+            ];
+            for (what, tree) in trees {
+                *machine.tree.lock().unwrap() = tree;
+                let run = machine.eniup("reconcile --timeout 200ms")?;
+                ensure!(run.exit == 69 && run.stderr.lines().count() == 1, "{what}: exit {}: {}", run.exit, run.stderr);
+                ensure!(difference(&before, &dump()?).is_empty(), "{what}: something was changed");
+            }
+            machine._service.set_disabled(true);
+            let run = machine.eniup("reconcile --timeout 5s")?;
+            if run.exit != 69 || !run.stderr.contains("403") {
+                bail!("403: exit {}: {}", run.exit, run.stderr);
+            }
+            ensure!(difference(&before, &dump()?).is_empty(), "403: something was changed");
+            Ok(())
+        })
+    });
+}
