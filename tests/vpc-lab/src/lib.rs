@@ -1,7 +1,20 @@
 //! A VPC in a box.
 
+pub mod check;
+pub mod demo;
+pub mod dhcp;
+pub mod echo;
+pub mod fabric;
+pub mod forward;
 pub mod imds;
+pub mod kernel;
+pub mod lab;
 pub mod metadata;
+pub mod node;
+pub mod probe;
 pub mod sandbox;
+pub mod table;
+pub mod vpc;
+pub mod wire;
 
 pub use sandbox::inside;

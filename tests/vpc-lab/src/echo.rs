@@ -1,0 +1,207 @@
+//! The other side of every probe: a server in each node that answers UDP and TCP with the address it saw, and notes who
+//! pinged. It answers a datagram from the address at which it was asked, as a DNS server on many addresses does.
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt, sockopt,
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::node::Node;
+
+/// Where every node listens, UDP and TCP.
+pub const PORT: u16 = 7007;
+
+/// What tells one probe from every other.
+pub const NONCE: usize = 8;
+pub type Nonce = [u8; NONCE];
+
+/// How long a TCP client may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+type Pings = Arc<Mutex<HashMap<Nonce, IpAddr>>>;
+
+pub struct Echo {
+    pings: Pings,
+    /// The thread ends when this is closed.
+    stop: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Sockets {
+    udp: [Socket; 2],
+    tcp: [TcpListener; 2],
+    icmp: [Socket; 2],
+}
+
+impl Echo {
+    pub fn start(node: &Node) -> Result<Echo> {
+        let sockets = node.enter(Sockets::open).with_context(|| format!("starting the server on {}", node.name))?;
+        let pings = Pings::default();
+        let (stop, stopped) = UnixStream::pair()?;
+        let thread = std::thread::spawn({
+            let pings = pings.clone();
+            move || sockets.serve(&pings, &stopped)
+        });
+        Ok(Echo { pings, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// From which address a ping with this payload came.
+    pub fn pinged_by(&self, nonce: &Nonce) -> Option<IpAddr> {
+        self.pings.lock().unwrap_or_else(PoisonError::into_inner).get(nonce).copied()
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Sockets {
+    fn open() -> Result<Sockets> {
+        let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        let [tcp4, tcp6] = any.map(|any| {
+            let socket = Socket::new(domain(any), Type::STREAM, Some(Protocol::TCP))?;
+            listen_on_one_family(&socket, any)?;
+            socket.listen(1024)?;
+            io::Result::Ok(TcpListener::from(socket))
+        });
+        let [udp4, udp6] = any.map(|any| {
+            let socket = Socket::new(domain(any), Type::DGRAM, Some(Protocol::UDP))?;
+            match any {
+                IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
+                IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
+            }
+            listen_on_one_family(&socket, any)?;
+            io::Result::Ok(socket)
+        });
+        let [icmp4, icmp6] = any.map(|any| {
+            let protocol = if any.is_ipv4() { Protocol::ICMPV4 } else { Protocol::ICMPV6 };
+            let socket = Socket::new(domain(any), Type::RAW, Some(protocol))?;
+            socket.set_nonblocking(true)?;
+            io::Result::Ok(socket)
+        });
+        Ok(Sockets { udp: [udp4?, udp6?], tcp: [tcp4?, tcp6?], icmp: [icmp4?, icmp6?] })
+    }
+
+    fn serve(&self, pings: &Pings, stopped: &UnixStream) {
+        let datagrams = self.udp.iter().chain(&self.icmp).map(AsFd::as_fd);
+        let descriptors: Vec<BorrowedFd> =
+            std::iter::once(stopped.as_fd()).chain(datagrams).chain(self.tcp.iter().map(AsFd::as_fd)).collect();
+        loop {
+            let mut polled: Vec<PollFd> = descriptors.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+            if poll(&mut polled, PollTimeout::NONE).is_err() {
+                continue;
+            }
+            if polled[0].revents().is_none_or(|flags| !flags.is_empty()) {
+                return;
+            }
+            for socket in &self.udp {
+                while answer_datagram(socket).is_ok() {}
+            }
+            for (socket, header) in self.icmp.iter().zip([true, false]) {
+                while let Ok(Some((nonce, from))) = read_ping(socket, header) {
+                    let nonce = nonce.map(|nonce| (nonce, from));
+                    pings.lock().unwrap_or_else(PoisonError::into_inner).extend(nonce);
+                }
+            }
+            for listener in &self.tcp {
+                while let Ok((stream, from)) = listener.accept() {
+                    std::thread::spawn(move || answer_stream(stream, from.ip()));
+                }
+            }
+        }
+    }
+}
+
+fn domain(address: IpAddr) -> Domain {
+    if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 }
+}
+
+fn listen_on_one_family(socket: &Socket, any: IpAddr) -> io::Result<()> {
+    if any.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::new(any, PORT).into())
+}
+
+fn answer_datagram(socket: &Socket) -> io::Result<()> {
+    let mut payload = [0; 2048];
+    let mut control = nix::cmsg_space!(libc::in6_pktinfo);
+    let (length, from, asked) = {
+        let mut buffers = [IoSliceMut::new(&mut payload)];
+        let message =
+            recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut buffers, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
+        (message.bytes, message.address, message.cmsgs()?.next())
+    };
+    let Some(from) = from else { return Ok(()) };
+    let mut answer = payload[..length.min(NONCE)].to_vec();
+    answer.extend(peer(&from).to_string().bytes());
+    let (info4, info6);
+    let control = match asked {
+        Some(ControlMessageOwned::Ipv4PacketInfo(info)) => {
+            info4 = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: info.ipi_addr, ipi_addr: info.ipi_addr };
+            vec![ControlMessage::Ipv4PacketInfo(&info4)]
+        }
+        Some(ControlMessageOwned::Ipv6PacketInfo(info)) => {
+            info6 = libc::in6_pktinfo { ipi6_ifindex: 0, ..info };
+            vec![ControlMessage::Ipv6PacketInfo(&info6)]
+        }
+        _ => Vec::new(),
+    };
+    // An answer that finds no way out is the client's silence: that is what is being measured.
+    let _ = sendmsg(socket.as_raw_fd(), &[IoSlice::new(&answer)], &control, MsgFlags::MSG_DONTWAIT, Some(&from));
+    Ok(())
+}
+
+fn peer(address: &SockaddrStorage) -> IpAddr {
+    match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
+        (Some(v4), _) => SocketAddrV4::from(*v4).ip().to_owned().into(),
+        (_, Some(v6)) => SocketAddrV6::from(*v6).ip().to_owned().into(),
+        (None, None) => Ipv4Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// One ICMP message, with the nonce if it is an echo request that has one. Raw IPv4 sockets show the IP header too.
+fn read_ping(socket: &Socket, has_ip_header: bool) -> io::Result<Option<(Option<Nonce>, IpAddr)>> {
+    let mut buffer = [std::mem::MaybeUninit::<u8>::uninit(); 2048];
+    let (length, from) = socket.recv_from(&mut buffer)?;
+    // SAFETY: the kernel has written this many bytes.
+    let bytes: Vec<u8> = buffer[..length].iter().map(|byte| unsafe { byte.assume_init() }).collect();
+    let Some(from) = from.as_socket() else { return Ok(None) };
+    let header = if has_ip_header { bytes.first().map_or(0, |first| usize::from(first & 0x0f) * 4) } else { 0 };
+    let request = if has_ip_header { 8 } else { 128 };
+    let icmp = bytes.get(header..).unwrap_or_default();
+    let nonce = icmp.get(8..8 + NONCE).filter(|_| icmp.first() == Some(&request));
+    Ok(Some((nonce.and_then(|nonce| nonce.try_into().ok()), from.ip())))
+}
+
+fn answer_stream(mut stream: TcpStream, from: IpAddr) {
+    let mut talk = || -> io::Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut nonce = [0; NONCE];
+        stream.read_exact(&mut nonce)?;
+        stream.write_all(&[&nonce[..], from.to_string().as_bytes()].concat())
+    };
+    // A client that went away has seen what it wanted, or reports it itself.
+    let _ = talk();
+}

@@ -1,0 +1,214 @@
+//! The VPC's fabric: one thread that reads the frames of all ports, lets `forward` decide, and delivers or counts.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+
+use crate::forward::{Reason, Verdict, forward};
+use crate::vpc::{Port, World};
+use crate::wire;
+
+/// The longest frame: Ethernet's header and the longest IP packet.
+const LONGEST: usize = wire::ETHERNET + 65_535;
+/// Frames of one port before the others have their turn.
+const TURN: usize = 64;
+/// Dropped packets that are remembered word for word.
+const REMEMBERED: usize = 64;
+
+/// What the VPC dropped, by the port at which the packet came in.
+pub type Drops = BTreeMap<(Port, Reason), u64>;
+
+pub struct Fabric {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    epoll: OwnedFd,
+    /// Readable when the thread has to end.
+    stop: OwnedFd,
+}
+
+#[derive(Default)]
+struct State {
+    world: World,
+    ports: BTreeMap<Port, Plug>,
+    by_number: BTreeMap<u64, Port>,
+    next_number: u64,
+    drops: Drops,
+    delivered: u64,
+    last_drops: VecDeque<String>,
+}
+
+#[derive(Clone)]
+struct Plug {
+    number: u64,
+    tap: Arc<File>,
+}
+
+/// The event of the stop descriptor; ports begin above it.
+const STOP: u64 = 0;
+
+impl Fabric {
+    pub fn start() -> Result<Fabric> {
+        // SAFETY: both calls give new descriptors, checked below.
+        let (epoll, stop) = unsafe { (libc::epoll_create1(libc::EPOLL_CLOEXEC), libc::eventfd(0, libc::EFD_CLOEXEC)) };
+        if epoll == -1 || stop == -1 {
+            return Err(io::Error::last_os_error()).context("starting the fabric");
+        }
+        // SAFETY: they were opened here and belong to nobody else.
+        let (epoll, stop) = unsafe { (OwnedFd::from_raw_fd(epoll), OwnedFd::from_raw_fd(stop)) };
+        let shared = Arc::new(Shared { state: Mutex::default(), epoll, stop });
+        shared.watch(shared.stop.as_raw_fd(), STOP)?;
+        let thread = std::thread::spawn({
+            let shared = shared.clone();
+            move || shared.run()
+        });
+        Ok(Fabric { shared, thread: Some(thread) })
+    }
+
+    /// Reads or changes EC2's truth between two frames.
+    pub fn world<T>(&self, act: impl FnOnce(&mut World) -> T) -> T {
+        act(&mut self.shared.state().world)
+    }
+
+    /// Connects a port by its TAP device.
+    pub fn plug(&self, port: Port, tap: File) -> Result<()> {
+        let mut state = self.shared.state();
+        state.next_number += 1;
+        let number = state.next_number;
+        self.shared.watch(tap.as_raw_fd(), number)?;
+        state.by_number.insert(number, port.clone());
+        state.ports.insert(port, Plug { number, tap: Arc::new(tap) });
+        Ok(())
+    }
+
+    /// Takes a port away; its link is gone with it.
+    pub fn unplug(&self, port: &Port) {
+        let mut state = self.shared.state();
+        if let Some(plug) = state.ports.remove(port) {
+            state.by_number.remove(&plug.number);
+        }
+    }
+
+    pub fn is_plugged(&self, port: &Port) -> bool {
+        self.shared.state().ports.contains_key(port)
+    }
+
+    pub fn drops(&self) -> Drops {
+        self.shared.state().drops.clone()
+    }
+
+    /// Packets dropped by the source check, of all ENIs.
+    pub fn source_drops(&self) -> u64 {
+        let state = self.shared.state();
+        state.drops.iter().filter(|((_, reason), _)| *reason == Reason::SourceAddress).map(|(_, count)| count).sum()
+    }
+
+    /// The last dropped packets, each with its reason.
+    pub fn last_drops(&self) -> Vec<String> {
+        self.shared.state().last_drops.iter().cloned().collect()
+    }
+
+    pub fn delivered(&self) -> u64 {
+        self.shared.state().delivered
+    }
+
+    pub fn forget_drops(&self) {
+        let mut state = self.shared.state();
+        state.drops.clear();
+        state.last_drops.clear();
+    }
+}
+
+impl Drop for Fabric {
+    fn drop(&mut self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight bytes to an open eventfd, which always takes them.
+        unsafe { libc::write(self.shared.stop.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed; there is nothing to add to it here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self, fd: i32, number: u64) -> Result<()> {
+        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: number };
+        // SAFETY: both descriptors are open and the event lives as long as the call.
+        match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } {
+            -1 => Err(io::Error::last_os_error()).context("watching a port"),
+            _ => Ok(()),
+        }
+    }
+
+    fn run(&self) {
+        let mut frame = vec![0; LONGEST];
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 64];
+        loop {
+            // SAFETY: the array has room for as many events as are asked for.
+            let count =
+                unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, -1) };
+            if count == -1 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return;
+            }
+            for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
+                if event.u64 == STOP {
+                    return;
+                }
+                self.take_turn(event.u64, &mut frame);
+            }
+        }
+    }
+
+    fn take_turn(&self, number: u64, frame: &mut [u8]) {
+        for _ in 0..TURN {
+            let mut state = self.state();
+            let Some(port) = state.by_number.get(&number).cloned() else { return };
+            let Some(tap) = state.ports.get(&port).map(|plug| plug.tap.clone()) else { return };
+            // Not ready, or the device is gone: either way there is nothing to read.
+            let Ok(length) = (&*tap).read(frame) else { return };
+            state.handle(&port, &tap, &frame[..length]);
+        }
+    }
+}
+
+impl State {
+    fn handle(&mut self, port: &Port, tap: &File, frame: &[u8]) {
+        let dropped = match forward(&self.world, port, frame) {
+            Verdict::Ignore => None,
+            Verdict::Drop(reason) => Some(reason),
+            Verdict::Reply(reply) => put(tap, &reply),
+            Verdict::Deliver { to, frame } => match self.ports.get(&to) {
+                Some(plug) => put(&plug.tap, &frame),
+                None => Some(Reason::NotAttached),
+            },
+        };
+        match dropped {
+            Some(reason) => {
+                *self.drops.entry((port.clone(), reason)).or_default() += 1;
+                if self.last_drops.len() == REMEMBERED {
+                    self.last_drops.pop_front();
+                }
+                self.last_drops.push_back(format!("{reason}: {} from {port:?}", wire::describe(frame)));
+            }
+            None => self.delivered += 1,
+        }
+    }
+}
+
+/// Hands a frame to a guest. A link that is down, or whose queue is full, takes none.
+fn put(mut tap: &File, frame: &[u8]) -> Option<Reason> {
+    tap.write(frame).err().map(|_| Reason::LinkDown)
+}

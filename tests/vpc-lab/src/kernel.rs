@@ -1,0 +1,259 @@
+//! What the lab itself sets up in a network namespace, as a distribution, a container engine or an administrator would:
+//! links, addresses, routes, by netlink of its own. Everything acts on the namespace of the calling thread.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+
+use anyhow::{Context, Result, bail};
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, CacheInfo};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteScope, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+
+use crate::vpc::Mac;
+
+/// `RTPROT_STATIC`, `RTPROT_RA` and `RTPROT_DHCP`.
+pub const STATIC: u8 = 4;
+pub const RA: u8 = 9;
+pub const DHCP: u8 = 16;
+
+pub const MAIN: u32 = 254;
+
+/// A new TAP device with this name and station address; it is gone when the file is closed.
+pub fn create_tap(name: &str, mac: Mac) -> Result<File> {
+    let path = c"/dev/net/tun";
+    // SAFETY: the path ends in zero.
+    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) };
+    if fd == -1 {
+        bail!(
+            "the lab's links are TAP devices, and /dev/net/tun cannot be opened ({}): load the module (modprobe tun) and \
+             let this user read and write the file",
+            io::Error::last_os_error()
+        );
+    }
+    // SAFETY: the descriptor was opened here and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    ioctl(fd, libc::TUNSETIFF as libc::c_ulong, &mut request).with_context(|| format!("making the link {name}"))?;
+    let mut address = interface_request(name)?;
+    // SAFETY: a socket address of 14 bytes, of which Ethernet takes six.
+    unsafe {
+        address.ifr_ifru.ifru_hwaddr.sa_family = libc::ARPHRD_ETHER;
+        for (byte, of_mac) in address.ifr_ifru.ifru_hwaddr.sa_data.iter_mut().zip(mac.0) {
+            *byte = of_mac as libc::c_char;
+        }
+    }
+    ioctl(fd, libc::SIOCSIFHWADDR as libc::c_ulong, &mut address).with_context(|| format!("giving {name} its MAC"))?;
+    Ok(file)
+}
+
+fn interface_request(name: &str) -> Result<libc::ifreq> {
+    let name = CString::new(name)?;
+    let bytes = name.as_bytes_with_nul();
+    // SAFETY: all zeros is a valid request.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if bytes.len() > request.ifr_name.len() {
+        bail!("{name:?} is too long for a link's name");
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn ioctl(fd: RawFd, what: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: the request lives as long as the call, and both calls made here take an ifreq.
+    match unsafe { libc::ioctl(fd, what as _, std::ptr::from_mut(request)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// The index of a link.
+pub fn index(name: &str) -> Result<u32> {
+    let name_z = CString::new(name)?;
+    // SAFETY: the name ends in zero.
+    match unsafe { libc::if_nametoindex(name_z.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()).with_context(|| format!("looking for the link {name}")),
+        index => Ok(index),
+    }
+}
+
+pub fn set_up(link: &str) -> Result<()> {
+    set_link(link, true, Vec::new())
+}
+
+pub fn set_down(link: &str) -> Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index(link)?;
+    message.header.change_mask = LinkFlags::Up;
+    change(RouteNetlinkMessage::SetLink(message), 0).with_context(|| format!("setting {link} down"))
+}
+
+pub fn set_mtu(link: &str, mtu: u32) -> Result<()> {
+    set_link(link, false, vec![LinkAttribute::Mtu(mtu)])
+}
+
+/// Makes a link a port of a bridge.
+pub fn set_controller(link: &str, controller: &str) -> Result<()> {
+    set_link(link, false, vec![LinkAttribute::Controller(index(controller)?)])
+}
+
+pub fn rename(link: &str, name: &str) -> Result<()> {
+    set_link(link, false, vec![LinkAttribute::IfName(name.into())])
+}
+
+fn set_link(link: &str, is_up: bool, attributes: Vec<LinkAttribute>) -> Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index(link)?;
+    if is_up {
+        message.header.change_mask = LinkFlags::Up;
+        message.header.flags = LinkFlags::Up;
+    }
+    message.attributes = attributes;
+    change(RouteNetlinkMessage::SetLink(message), 0).with_context(|| format!("setting {link}"))
+}
+
+pub fn create_bridge(name: &str) -> Result<()> {
+    create_link(name, InfoKind::Bridge, None)
+}
+
+/// A pair of links, the second one in another namespace.
+pub fn create_veth(name: &str, peer: &str, peer_namespace: &impl AsRawFd) -> Result<()> {
+    let mut other = LinkMessage::default();
+    other.attributes = vec![LinkAttribute::IfName(peer.into()), LinkAttribute::NetNsFd(peer_namespace.as_raw_fd())];
+    create_link(name, InfoKind::Veth, Some(InfoData::Veth(InfoVeth::Peer(other))))
+}
+
+fn create_link(name: &str, kind: InfoKind, data: Option<InfoData>) -> Result<()> {
+    let mut message = LinkMessage::default();
+    let info = std::iter::once(LinkInfo::Kind(kind)).chain(data.map(LinkInfo::Data)).collect();
+    message.attributes = vec![LinkAttribute::IfName(name.into()), LinkAttribute::LinkInfo(info)];
+    let message = RouteNetlinkMessage::NewLink(message);
+    change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("making the link {name}"))
+}
+
+/// Seconds that an address lives, as a DHCP client sets it; for ever when none is given. The kernel makes the connected
+/// route. IPv6 without duplicate address detection.
+pub fn add_address(link: &str, net: IpNet, lifetime: Option<u32>) -> Result<()> {
+    let mut message = AddressMessage::default();
+    message.header.family = family(net.addr());
+    message.header.prefix_len = net.prefix_len();
+    message.header.index = index(link)?;
+    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    if net.addr().is_ipv6() {
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    if let Some(seconds) = lifetime {
+        let mut cache = CacheInfo::default();
+        cache.ifa_preferred = seconds;
+        cache.ifa_valid = seconds;
+        message.attributes.push(AddressAttribute::CacheInfo(cache));
+    }
+    let message = RouteNetlinkMessage::NewAddress(message);
+    change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding {net} to {link}"))
+}
+
+/// A route as somebody other than eniup makes it.
+pub struct Route<'a> {
+    pub destination: IpNet,
+    pub gateway: Option<IpAddr>,
+    pub link: &'a str,
+    pub table: u32,
+    pub metric: u32,
+    pub protocol: u8,
+}
+
+impl<'a> Route<'a> {
+    /// In `main`, static.
+    pub fn new(destination: IpNet, gateway: Option<IpAddr>, link: &'a str) -> Route<'a> {
+        Route { destination, gateway, link, table: MAIN, metric: 0, protocol: STATIC }
+    }
+}
+
+pub fn add_route(route: &Route) -> Result<()> {
+    let Route { destination, gateway, link, table, metric, protocol } = route;
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(destination.addr());
+    message.header.destination_prefix_length = destination.prefix_len();
+    message.header.protocol = (*protocol).into();
+    message.header.kind = RouteType::Unicast;
+    let is_direct = gateway.is_none() && destination.addr().is_ipv4();
+    message.header.scope = if is_direct { RouteScope::Link } else { RouteScope::Universe };
+    if destination.prefix_len() > 0 {
+        message.attributes.push(RouteAttribute::Destination(destination.network().into()));
+    }
+    message.attributes.extend(gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
+    message.attributes.push(RouteAttribute::Oif(index(link)?));
+    message.attributes.push(RouteAttribute::Table(*table));
+    if *metric != 0 {
+        message.attributes.push(RouteAttribute::Priority(*metric));
+    }
+    let message = RouteNetlinkMessage::NewRoute(message);
+    change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding the route to {destination}"))
+}
+
+/// A routing policy rule of somebody other than eniup: those that VPNs add around ours.
+pub struct Rule {
+    pub is_ipv6: bool,
+    pub priority: u32,
+    pub table: u32,
+    pub mark: Option<(u32, u32)>,
+    pub is_inverted: bool,
+    pub suppress_prefix_length: Option<u32>,
+}
+
+pub fn add_rule(rule: &Rule) -> Result<()> {
+    let Rule { is_ipv6, priority, table, mark, is_inverted, suppress_prefix_length } = rule;
+    let mut message = RuleMessage::default();
+    message.header.family = if *is_ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    message.header.action = RuleAction::ToTable;
+    if *is_inverted {
+        message.header.flags = netlink_packet_route::rule::RuleFlags::Invert;
+    }
+    message.attributes = vec![RuleAttribute::Priority(*priority), RuleAttribute::Table(*table)];
+    if let Some((mark, mask)) = mark {
+        message.attributes.extend([RuleAttribute::FwMark(*mark), RuleAttribute::FwMask(*mask)]);
+    }
+    message.attributes.extend(suppress_prefix_length.map(RuleAttribute::SuppressPrefixLen));
+    let message = RouteNetlinkMessage::NewRule(message);
+    change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding the rule of priority {priority}"))
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+/// One request, one acknowledgement.
+fn change(message: RouteNetlinkMessage, flags: u16) -> Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = flags | NLM_F_REQUEST | NLM_F_ACK;
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    socket.send(&buffer, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)?.payload {
+        NetlinkPayload::Error(error) if error.code.is_none() => Ok(()),
+        NetlinkPayload::Error(error) => Err(error.to_io().into()),
+        other => bail!("the kernel answered {other:?}"),
+    }
+}
+
+/// Sets a file below `/proc/sys/net` of this namespace.
+pub fn sysctl(path: &str, value: &str) -> Result<()> {
+    let file = format!("/proc/sys/net/{path}");
+    fs::write(&file, value).with_context(|| format!("writing {value} to {file}"))
+}

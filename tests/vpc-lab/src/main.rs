@@ -1,0 +1,84 @@
+//! The `vpc-lab` command.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use vpc_lab::{demo, sandbox};
+
+/// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
+#[derive(Parser)]
+#[command(version, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+
+    /// The binary to judge, instead of building this checkout's.
+    #[arg(long, global = true, value_name = "FILE", env = "ENIUP")]
+    eniup: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Play the main job: who reaches what before and after `eniup reconcile`, a hot-plugged ENI, two failovers.
+    Demo,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("vpc-lab: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let cli = Cli::parse();
+    if !sandbox::is_inside() {
+        return enter(cli.eniup);
+    }
+    let eniup = cli.eniup.context("inside the sandbox the binary is given")?;
+    let is_right = match cli.command {
+        Verb::Demo => demo::play(eniup)?,
+    };
+    Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// This very command again, in the sandbox.
+fn enter(eniup: Option<PathBuf>) -> Result<ExitCode> {
+    let eniup = match eniup {
+        Some(file) => file.canonicalize().with_context(|| format!("looking for {}", file.display()))?,
+        None => demo::step("building eniup", build)?,
+    };
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(std::env::args_os().skip(1)).env("ENIUP", eniup);
+    sandbox::prepare(&mut command);
+    let status = command.status().map_err(sandbox::explain)?;
+    Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+}
+
+/// Builds this checkout's eniup in the profile in which the lab itself was built, and gives its path.
+fn build() -> Result<PathBuf> {
+    let manifest = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../Cargo.toml");
+    ensure!(manifest.exists(), "the checkout this lab was built from is gone: give the binary to judge with --eniup");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "--locked", "-p", "eniup", "--bin", "eniup", "--message-format=json"]);
+    command.arg("--manifest-path").arg(&manifest);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    let output = command.stderr(std::process::Stdio::inherit()).output().context("running cargo")?;
+    ensure!(output.status.success(), "building eniup failed ({})", output.status);
+    // Cargo says where the binary is; a target directory can be anywhere.
+    for line in String::from_utf8(output.stdout)?.lines() {
+        let message: serde_json::Value = serde_json::from_str(line)?;
+        if let Some(path) = message["executable"].as_str() {
+            return Ok(path.into());
+        }
+    }
+    bail!("cargo built eniup and did not say where")
+}
