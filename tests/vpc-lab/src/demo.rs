@@ -318,7 +318,7 @@ impl Scene {
     }
 
     /// Both tables, and what the VPC dropped meanwhile.
-    fn look(&self, when: &str, must_be_right: bool) -> Result<bool> {
+    pub fn look(&self, when: &str, must_be_right: bool) -> Result<bool> {
         let mut is_right = true;
         for (title, checks) in [("who reaches", self.ingress()), ("web asks", self.egress())] {
             let label = format!("{when}: {} exchanges", checks.len());

@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,10 +29,10 @@ pub type Nonce = [u8; NONCE];
 /// How long a TCP client may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-type Pings = Arc<Mutex<HashMap<Nonce, IpAddr>>>;
+type Pings = Mutex<HashMap<Nonce, IpAddr>>;
 
 pub struct Echo {
-    pings: Pings,
+    sockets: Arc<Sockets>,
     /// The thread ends when this is closed.
     stop: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
@@ -42,23 +42,26 @@ struct Sockets {
     udp: [Socket; 2],
     tcp: [TcpListener; 2],
     icmp: [Socket; 2],
+    /// Who sent which ping. Its lock is held while one is read from a socket.
+    pings: Pings,
 }
 
 impl Echo {
     pub fn start(node: &Node) -> Result<Echo> {
-        let sockets = node.enter(Sockets::open).with_context(|| format!("starting the server on {}", node.name))?;
-        let pings = Pings::default();
+        let sockets =
+            node.enter(Sockets::open).map(Arc::new).with_context(|| format!("starting the server on {}", node.name))?;
         let (stop, stopped) = UnixStream::pair()?;
         let thread = std::thread::spawn({
-            let pings = pings.clone();
-            move || sockets.serve(&pings, &stopped)
+            let sockets = sockets.clone();
+            move || sockets.serve(&stopped)
         });
-        Ok(Echo { pings, stop: Some(stop), thread: Some(thread) })
+        Ok(Echo { sockets, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// From which address a ping with this payload came.
+    /// From which address a ping with this payload came. The kernel hands a ping to the sockets before it answers, so
+    /// whoever has the answer finds it here.
     pub fn pinged_by(&self, nonce: &Nonce) -> Option<IpAddr> {
-        self.pings.lock().unwrap_or_else(PoisonError::into_inner).get(nonce).copied()
+        self.sockets.note_pings().get(nonce).copied()
     }
 }
 
@@ -96,10 +99,10 @@ impl Sockets {
             socket.set_nonblocking(true)?;
             io::Result::Ok(socket)
         });
-        Ok(Sockets { udp: [udp4?, udp6?], tcp: [tcp4?, tcp6?], icmp: [icmp4?, icmp6?] })
+        Ok(Sockets { udp: [udp4?, udp6?], tcp: [tcp4?, tcp6?], icmp: [icmp4?, icmp6?], pings: Pings::default() })
     }
 
-    fn serve(&self, pings: &Pings, stopped: &UnixStream) {
+    fn serve(&self, stopped: &UnixStream) {
         let datagrams = self.udp.iter().chain(&self.icmp).map(AsFd::as_fd);
         let descriptors: Vec<BorrowedFd> =
             std::iter::once(stopped.as_fd()).chain(datagrams).chain(self.tcp.iter().map(AsFd::as_fd)).collect();
@@ -114,18 +117,25 @@ impl Sockets {
             for socket in &self.udp {
                 while answer_datagram(socket).is_ok() {}
             }
-            for (socket, header) in self.icmp.iter().zip([true, false]) {
-                while let Ok(Some((nonce, from))) = read_ping(socket, header) {
-                    let nonce = nonce.map(|nonce| (nonce, from));
-                    pings.lock().unwrap_or_else(PoisonError::into_inner).extend(nonce);
-                }
-            }
+            drop(self.note_pings());
             for listener in &self.tcp {
                 while let Ok((stream, from)) = listener.accept() {
                     std::thread::spawn(move || answer_stream(stream, from.ip()));
                 }
             }
         }
+    }
+}
+
+impl Sockets {
+    fn note_pings(&self) -> MutexGuard<'_, HashMap<Nonce, IpAddr>> {
+        let mut pings = self.pings.lock().unwrap_or_else(PoisonError::into_inner);
+        for (socket, has_ip_header) in self.icmp.iter().zip([true, false]) {
+            while let Ok((nonce, from)) = read_ping(socket, has_ip_header) {
+                pings.extend(nonce.zip(from));
+            }
+        }
+        pings
     }
 }
 
@@ -180,17 +190,16 @@ fn peer(address: &SockaddrStorage) -> IpAddr {
 }
 
 /// One ICMP message, with the nonce if it is an echo request that has one. Raw IPv4 sockets show the IP header too.
-fn read_ping(socket: &Socket, has_ip_header: bool) -> io::Result<Option<(Option<Nonce>, IpAddr)>> {
+fn read_ping(socket: &Socket, has_ip_header: bool) -> io::Result<(Option<Nonce>, Option<IpAddr>)> {
     let mut buffer = [std::mem::MaybeUninit::<u8>::uninit(); 2048];
     let (length, from) = socket.recv_from(&mut buffer)?;
     // SAFETY: the kernel has written this many bytes.
     let bytes: Vec<u8> = buffer[..length].iter().map(|byte| unsafe { byte.assume_init() }).collect();
-    let Some(from) = from.as_socket() else { return Ok(None) };
     let header = if has_ip_header { bytes.first().map_or(0, |first| usize::from(first & 0x0f) * 4) } else { 0 };
     let request = if has_ip_header { 8 } else { 128 };
     let icmp = bytes.get(header..).unwrap_or_default();
     let nonce = icmp.get(8..8 + NONCE).filter(|_| icmp.first() == Some(&request));
-    Ok(Some((nonce.and_then(|nonce| nonce.try_into().ok()), from.ip())))
+    Ok((nonce.and_then(|nonce| nonce.try_into().ok()), from.as_socket().map(|from| from.ip())))
 }
 
 fn answer_stream(mut stream: TcpStream, from: IpAddr) {

@@ -97,8 +97,15 @@ impl Fabric {
         }
     }
 
-    pub fn is_plugged(&self, port: &Port) -> bool {
-        self.shared.state().ports.contains_key(port)
+    /// Hands a guest a frame that nobody sent: what the VPC itself says without being asked.
+    ///
+    /// # Errors
+    /// The port is not plugged, or its link is down.
+    pub fn inject(&self, port: &Port, frame: &[u8]) -> Result<()> {
+        let state = self.shared.state();
+        let plug = state.ports.get(port).with_context(|| format!("{port:?} is not plugged"))?;
+        (&*plug.tap).write(frame).with_context(|| format!("handing {port:?} a frame"))?;
+        Ok(())
     }
 
     pub fn drops(&self) -> Drops {

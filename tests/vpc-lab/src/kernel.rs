@@ -103,6 +103,11 @@ pub fn set_mtu(link: &str, mtu: u32) -> Result<()> {
     set_link(link, false, vec![LinkAttribute::Mtu(mtu)])
 }
 
+/// Gives a link another station address; it has to be down.
+pub fn set_mac(link: &str, mac: Mac) -> Result<()> {
+    set_link(link, false, vec![LinkAttribute::Address(mac.0.into())])
+}
+
 /// Makes a link a port of a bridge.
 pub fn set_controller(link: &str, controller: &str) -> Result<()> {
     set_link(link, false, vec![LinkAttribute::Controller(index(controller)?)])

@@ -14,13 +14,14 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::echo::Echo;
 use crate::fabric::Fabric;
-use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6};
+use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6, ROUTER_MAC};
 use crate::imds::Service;
 use crate::kernel::{self, Route};
 use crate::metadata::{EniView, InstanceView, Propagation, Published};
 use crate::node::Node;
 use crate::probe::{Outcome, Probe, probe_all};
-use crate::vpc::{CreateEni, Eni, EniId, InstanceId, Port, World, router};
+use crate::vpc::{CreateEni, Eni, EniId, InstanceId, Mac, Port, World, router};
+use crate::wire;
 
 /// Seconds of a lease, and bytes that the VPC carries: what DHCP tells.
 const LEASE: u32 = 3600;
@@ -401,6 +402,13 @@ impl Lab {
         self.echoes.insert(name.into(), Echo::start(&pod)?);
         self.nodes.insert(name.into(), pod);
         Ok(())
+    }
+
+    /// An unasked router advertisement to an ENI, as routers send them every few minutes.
+    pub fn advertise_router(&self, eni: &str) -> Result<()> {
+        let all_nodes = (Mac([0x33, 0x33, 0, 0, 0, 1]), Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1));
+        let frame = wire::router_advertisement(all_nodes, (ROUTER_MAC, ROUTER_IPV6));
+        self.fabric.inject(&Port::Eni(eni.into()), &frame)
     }
 
     /// # Errors

@@ -13,6 +13,7 @@ pub mod metadata;
 pub mod node;
 pub mod probe;
 pub mod sandbox;
+pub mod shell;
 pub mod table;
 pub mod vpc;
 pub mod wire;

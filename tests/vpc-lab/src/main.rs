@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
-use vpc_lab::{demo, sandbox};
+use vpc_lab::{demo, sandbox, shell};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
 #[derive(Parser)]
@@ -23,6 +23,8 @@ struct Cli {
 enum Verb {
     /// Play the main job: who reaches what before and after `eniup reconcile`, a hot-plugged ENI, two failovers.
     Demo,
+    /// The same VPC by hand: EC2's verbs, programs on the instances, probes. Reads lines; `help` lists the verbs.
+    Shell,
 }
 
 fn main() -> ExitCode {
@@ -43,6 +45,10 @@ fn run() -> Result<ExitCode> {
     let eniup = cli.eniup.context("inside the sandbox the binary is given")?;
     let is_right = match cli.command {
         Verb::Demo => demo::play(eniup)?,
+        Verb::Shell => {
+            let mut scene = demo::step("building a VPC", || demo::build(eniup))?;
+            shell::talk(&mut scene)?
+        }
     };
     Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -56,6 +62,9 @@ fn enter(eniup: Option<PathBuf>) -> Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(std::env::args_os().skip(1)).env("ENIUP", eniup);
     sandbox::prepare(&mut command);
+    // Ctrl-C reaches the lab too, and the lab decides.
+    // SAFETY: only changes how this process takes a signal.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
     let status = command.status().map_err(sandbox::explain)?;
     Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
 }
