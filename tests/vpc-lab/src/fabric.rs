@@ -1,15 +1,16 @@
 //! The VPC's fabric: one thread that reads the frames of all ports, lets `forward` decide, and delivers or counts.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 
+use crate::cable::Cable;
 use crate::forward::{Reason, Verdict, forward};
+use crate::kernel;
 use crate::vpc::{Port, World};
 use crate::wire;
 
@@ -49,7 +50,7 @@ struct State {
 #[derive(Clone)]
 struct Plug {
     number: u64,
-    tap: Arc<File>,
+    cable: Arc<Cable>,
 }
 
 /// The event of the stop descriptor; ports begin above it.
@@ -57,6 +58,8 @@ const STOP: u64 = 0;
 
 impl Fabric {
     pub fn start() -> Result<Fabric> {
+        // The fabric's ends of the cables have nothing to say of their own.
+        kernel::sysctl("ipv6/conf/default/disable_ipv6", "1")?;
         // SAFETY: both calls give new descriptors, checked below.
         let (epoll, stop) = unsafe { (libc::epoll_create1(libc::EPOLL_CLOEXEC), libc::eventfd(0, libc::EFD_CLOEXEC)) };
         if epoll == -1 || stop == -1 {
@@ -78,14 +81,14 @@ impl Fabric {
         act(&mut self.shared.state().world)
     }
 
-    /// Connects a port by its TAP device.
-    pub fn plug(&self, port: Port, tap: File) -> Result<()> {
+    /// Connects a port by its cable.
+    pub fn plug(&self, port: Port, cable: Cable) -> Result<()> {
         let mut state = self.shared.state();
         state.next_number += 1;
         let number = state.next_number;
-        self.shared.watch(tap.as_raw_fd(), number)?;
+        self.shared.watch(cable.as_fd().as_raw_fd(), number)?;
         state.by_number.insert(number, port.clone());
-        state.ports.insert(port, Plug { number, tap: Arc::new(tap) });
+        state.ports.insert(port, Plug { number, cable: Arc::new(cable) });
         Ok(())
     }
 
@@ -104,8 +107,7 @@ impl Fabric {
     pub fn inject(&self, port: &Port, frame: &[u8]) -> Result<()> {
         let state = self.shared.state();
         let plug = state.ports.get(port).with_context(|| format!("{port:?} is not plugged"))?;
-        (&*plug.tap).write(frame).with_context(|| format!("handing {port:?} a frame"))?;
-        Ok(())
+        plug.cable.write(frame).with_context(|| format!("handing {port:?} a frame"))
     }
 
     pub fn drops(&self) -> Drops {
@@ -183,22 +185,22 @@ impl Shared {
         for _ in 0..TURN {
             let mut state = self.state();
             let Some(port) = state.by_number.get(&number).cloned() else { return };
-            let Some(tap) = state.ports.get(&port).map(|plug| plug.tap.clone()) else { return };
-            // Not ready, or the device is gone: either way there is nothing to read.
-            let Ok(length) = (&*tap).read(frame) else { return };
-            state.handle(&port, &tap, &frame[..length]);
+            let Some(cable) = state.ports.get(&port).map(|plug| plug.cable.clone()) else { return };
+            // Not ready, or the link is gone: either way there is nothing to read.
+            let Ok(length) = cable.read(frame) else { return };
+            state.handle(&port, &cable, &frame[..length]);
         }
     }
 }
 
 impl State {
-    fn handle(&mut self, port: &Port, tap: &File, frame: &[u8]) {
+    fn handle(&mut self, port: &Port, cable: &Cable, frame: &[u8]) {
         let dropped = match forward(&self.world, port, frame) {
             Verdict::Ignore => None,
             Verdict::Drop(reason) => Some(reason),
-            Verdict::Reply(reply) => put(tap, &reply),
+            Verdict::Reply(reply) => put(cable, &reply),
             Verdict::Deliver { to, frame } => match self.ports.get(&to) {
-                Some(plug) => put(&plug.tap, &frame),
+                Some(plug) => put(&plug.cable, &frame),
                 None => Some(Reason::NotAttached),
             },
         };
@@ -215,7 +217,7 @@ impl State {
     }
 }
 
-/// Hands a frame to a guest. A link that is down, or whose queue is full, takes none.
-fn put(mut tap: &File, frame: &[u8]) -> Option<Reason> {
-    tap.write(frame).err().map(|_| Reason::LinkDown)
+/// Hands a frame to a guest. A link that is gone, or whose queue is full, takes none.
+fn put(cable: &Cable, frame: &[u8]) -> Option<Reason> {
+    cable.write(frame).err().map(|_| Reason::LinkDown)
 }

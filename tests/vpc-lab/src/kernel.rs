@@ -2,10 +2,10 @@
 //! links, addresses, routes, by netlink of its own. Everything acts on the namespace of the calling thread.
 
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
@@ -17,6 +17,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use socket2::{Domain, Socket as Socket2, Type};
 
 use crate::vpc::Mac;
 
@@ -27,33 +28,42 @@ pub const DHCP: u8 = 16;
 
 pub const MAIN: u32 = 254;
 
-/// A new TAP device with this name and station address; it is gone when the file is closed.
-pub fn create_tap(name: &str, mac: Mac) -> Result<File> {
-    let path = c"/dev/net/tun";
-    // SAFETY: the path ends in zero.
-    let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) };
-    if fd == -1 {
-        bail!(
-            "the lab's links are TAP devices, and /dev/net/tun cannot be opened ({}): load the module (modprobe tun) and \
-             let this user read and write the file",
-            io::Error::last_os_error()
-        );
+/// Lets the kernel finish checksums and cut segments itself before a link of this namespace sends.
+pub fn disable_offload(link: &str) -> Result<()> {
+    /// `ETHTOOL_STXCSUM` of `linux/ethtool.h`; segmentation needs it and goes with it.
+    const SET_TX_CHECKSUMS: u32 = 0x17;
+    let socket = Socket2::new(Domain::IPV4, Type::DGRAM, None)?;
+    let mut value = [SET_TX_CHECKSUMS, 0];
+    let mut request = interface_request(link)?;
+    request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+    // SAFETY: the request and the value that it points to live as long as the call.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, std::ptr::from_mut(&mut request)) } {
+        -1 => Err(io::Error::last_os_error()).with_context(|| format!("switching off {link}'s offloading")),
+        _ => Ok(()),
     }
-    // SAFETY: the descriptor was opened here and belongs to nobody else.
-    let file = unsafe { File::from_raw_fd(fd) };
-    let mut request = interface_request(name)?;
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
-    ioctl(fd, libc::TUNSETIFF as libc::c_ulong, &mut request).with_context(|| format!("making the link {name}"))?;
-    let mut address = interface_request(name)?;
-    // SAFETY: a socket address of 14 bytes, of which Ethernet takes six.
-    unsafe {
-        address.ifr_ifru.ifru_hwaddr.sa_family = libc::ARPHRD_ETHER;
-        for (byte, of_mac) in address.ifr_ifru.ifru_hwaddr.sa_data.iter_mut().zip(mac.0) {
-            *byte = of_mac as libc::c_char;
-        }
+}
+
+/// Bytes that may wait to be read: as many as the user may have.
+pub fn set_receive_queue(socket: &Socket2, bytes: usize) -> io::Result<()> {
+    match set_option(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes as libc::c_int) {
+        Ok(()) => Ok(()),
+        // Only the machine's own root may go above its limit.
+        Err(_) => socket.set_recv_buffer_size(bytes),
     }
-    ioctl(fd, libc::SIOCSIFHWADDR as libc::c_ulong, &mut address).with_context(|| format!("giving {name} its MAC"))?;
-    Ok(file)
+}
+
+/// A packet socket does not see what it sends itself.
+pub fn ignore_outgoing(socket: &Socket2) -> io::Result<()> {
+    set_option(socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)
+}
+
+fn set_option(socket: &Socket2, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the value lives as long as the call and has this length.
+    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, std::ptr::from_ref(&value).cast(), length) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
 }
 
 fn interface_request(name: &str) -> Result<libc::ifreq> {
@@ -68,14 +78,6 @@ fn interface_request(name: &str) -> Result<libc::ifreq> {
         *to = *from as libc::c_char;
     }
     Ok(request)
-}
-
-fn ioctl(fd: RawFd, what: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
-    // SAFETY: the request lives as long as the call, and both calls made here take an ifreq.
-    match unsafe { libc::ioctl(fd, what as _, std::ptr::from_mut(request)) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
 }
 
 /// The index of a link.
@@ -137,6 +139,12 @@ pub fn create_veth(name: &str, peer: &str, peer_namespace: &impl AsRawFd) -> Res
     let mut other = LinkMessage::default();
     other.attributes = vec![LinkAttribute::IfName(peer.into()), LinkAttribute::NetNsFd(peer_namespace.as_raw_fd())];
     create_link(name, InfoKind::Veth, Some(InfoData::Veth(InfoVeth::Peer(other))))
+}
+
+pub fn delete_link(name: &str) -> Result<()> {
+    let mut message = LinkMessage::default();
+    message.header.index = index(name)?;
+    change(RouteNetlinkMessage::DelLink(message), 0).with_context(|| format!("deleting the link {name}"))
 }
 
 fn create_link(name: &str, kind: InfoKind, data: Option<InfoData>) -> Result<()> {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::cable::Cable;
 use crate::echo::Echo;
 use crate::fabric::Fabric;
 use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6, ROUTER_MAC};
@@ -114,8 +115,8 @@ impl Lab {
     /// The namespace in which an instance's metadata service listens.
     fn serve_metadata(&self, name: &str, instance: &str, metadata: Arc<Mutex<Published>>) -> Result<(Node, Service)> {
         let node = Node::create(&format!("metadata of {name}"))?;
-        let (tap, listeners) = node.enter(|| {
-            let tap = kernel::create_tap("metadata", METADATA_MAC)?;
+        self.fabric.plug(Port::Metadata(instance.into()), Cable::plug_into(&node, "metadata", METADATA_MAC)?)?;
+        let listeners = node.enter(|| {
             kernel::set_mtu("metadata", JUMBO_MTU)?;
             kernel::sysctl("ipv6/conf/metadata/accept_ra", "0")?;
             kernel::set_up("metadata")?;
@@ -127,9 +128,8 @@ impl Lab {
                 TcpListener::bind((METADATA_IPV4, 80)).context("listening on the metadata service's IPv4 address")?,
                 TcpListener::bind((METADATA_IPV6, 80)).context("listening on the metadata service's IPv6 address")?,
             ];
-            Ok((tap, listeners))
+            Ok(listeners)
         })?;
-        self.fabric.plug(Port::Metadata(instance.into()), tap)?;
         Ok((node, Service::start(listeners.into(), metadata)))
     }
 
@@ -158,8 +158,7 @@ impl Lab {
             card => format!("enp{card}s{}", 5 + at.device_number),
         };
         let node = self.node(name)?;
-        let tap = node.enter(|| kernel::create_tap(&link, eni.mac))?;
-        self.fabric.plug(Port::Eni(eni.id.clone()), tap)?;
+        self.fabric.plug(Port::Eni(eni.id.clone()), Cable::plug_into(node, &link, eni.mac)?)?;
         let is_primary = self.fabric.world(|world| world.instance(&at.instance).is_ok_and(|i| i.primary == eni.id));
         let machine = self.machines.get_mut(name).with_context(|| format!("there is no instance {name}"))?;
         machine.links.insert(eni.id.clone(), link.clone());
@@ -322,17 +321,16 @@ impl Lab {
         let mac = self.fabric.world(|world| world.add_internet_host(name, ipv4, ipv6));
         let node = Node::create(name)?;
         node.sysctl("ipv4/ping_group_range", "0 0")?;
-        let tap = node.enter(|| {
-            let tap = kernel::create_tap("eth0", mac)?;
+        self.fabric.plug(Port::Internet(name.into()), Cable::plug_into(&node, "eth0", mac)?)?;
+        node.enter(|| {
             kernel::sysctl("ipv6/conf/eth0/accept_ra", "0")?;
             kernel::set_up("eth0")?;
             for address in ipv4.map(IpAddr::from).into_iter().chain(ipv6.map(IpAddr::from)) {
                 kernel::add_address("eth0", address.into(), None)?;
                 kernel::add_route(&Route::new(everything(address), None, "eth0"))?;
             }
-            Ok(tap)
+            Ok(())
         })?;
-        self.fabric.plug(Port::Internet(name.into()), tap)?;
         self.echoes.insert(name.into(), Echo::start(&node)?);
         self.nodes.insert(name.into(), node);
         Ok(())

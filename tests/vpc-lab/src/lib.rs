@@ -1,5 +1,6 @@
 //! A VPC in a box.
 
+pub mod cable;
 pub mod check;
 pub mod demo;
 pub mod dhcp;
