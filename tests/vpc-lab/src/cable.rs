@@ -71,7 +71,7 @@ fn open(end: &str) -> Result<OwnedFd> {
     let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(i32::from(all))))?;
     socket.set_nonblocking(true)?;
     kernel::set_receive_queue(&socket, QUEUE)?;
-    kernel::ignore_outgoing(&socket)?;
+    kernel::make_driver_like(&socket)?;
     let mut storage = SockAddrStorage::zeroed();
     // SAFETY: a packet address fits into a storage made for all of them.
     let address = unsafe { storage.view_as::<libc::sockaddr_ll>() };

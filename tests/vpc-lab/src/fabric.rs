@@ -217,7 +217,7 @@ impl State {
     }
 }
 
-/// Hands a frame to a guest. A link that is gone, or whose queue is full, takes none.
+/// Hands a frame to a guest. A link that is down takes none.
 fn put(cable: &Cable, frame: &[u8]) -> Option<Reason> {
     cable.write(frame).err().map(|_| Reason::LinkDown)
 }

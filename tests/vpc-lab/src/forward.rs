@@ -44,7 +44,7 @@ pub enum Reason {
     NoPublicAddress,
     /// To an ENI that is attached to no running instance.
     NotAttached,
-    /// The guest's link takes no frames: it is just going, or its queue is full.
+    /// The guest's link takes no frames: it is down.
     LinkDown,
     Malformed,
 }

@@ -52,9 +52,11 @@ pub fn set_receive_queue(socket: &Socket2, bytes: usize) -> io::Result<()> {
     }
 }
 
-/// A packet socket does not see what it sends itself.
-pub fn ignore_outgoing(socket: &Socket2) -> io::Result<()> {
-    set_option(socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)
+/// Lets a packet socket not see what it sends itself, and send past the queueing discipline: that one takes frames only
+/// some time after the carrier came, and loses those before.
+pub fn make_driver_like(socket: &Socket2) -> io::Result<()> {
+    set_option(socket, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1)?;
+    set_option(socket, libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS, 1)
 }
 
 fn set_option(socket: &Socket2, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod dhcp;
 pub mod echo;
 pub mod fabric;
+pub mod figures;
 pub mod forward;
 pub mod imds;
 pub mod kernel;

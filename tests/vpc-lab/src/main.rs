@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
-use vpc_lab::{demo, sandbox, shell};
+use vpc_lab::{demo, figures, sandbox, shell};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Verb {
     Demo,
     /// The same VPC by hand: EC2's verbs, programs on the instances, probes. Reads lines; `help` lists the verbs.
     Shell,
+    /// Measure what `eniup reconcile` costs for 1, 4 and 15 ENIs with ten addresses each.
+    Figures,
 }
 
 fn main() -> ExitCode {
@@ -48,6 +50,10 @@ fn run() -> Result<ExitCode> {
         Verb::Shell => {
             let mut scene = demo::step("building a VPC", || demo::build(eniup))?;
             shell::talk(&mut scene)?
+        }
+        Verb::Figures => {
+            figures::measure(&eniup)?;
+            true
         }
     };
     Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(1) })
