@@ -26,9 +26,9 @@ fn the_demonstration_is_right_from_end_to_end() {
 #[test]
 fn without_reconcile_the_demonstration_is_wrong() {
     vpc_lab::inside(|| {
-        let scene = demo::build(ENIUP)?;
-        ensure!(!scene.look("unconfigured", false)?, "an unconfigured machine passes");
-        ensure!(scene.lab.fabric.source_drops() > 50, "only {} packets dropped", scene.lab.fabric.source_drops());
+        let demo = demo::build(ENIUP)?;
+        ensure!(!demo.look("unconfigured", false)?, "an unconfigured machine passes");
+        ensure!(demo.scene.lab.fabric.source_drops() > 50, "only {} packets dropped", demo.scene.lab.fabric.source_drops());
         Ok(())
     });
 }

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::check::{self, Check};
+use crate::check;
 use crate::forward::Reason;
 use crate::lab::{Distribution, Lab};
 use crate::metadata::Propagation;
 use crate::probe::{Bound, Kind, Probe};
+use crate::scene::{Client, Place, Scene};
 use crate::table::{Style, has_colour, paint};
 use crate::vpc::{CreateEni, EniId};
 
@@ -26,25 +27,30 @@ const PROPAGATION: Duration = Duration::from_millis(400);
 pub const INTERNET_IPV4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 pub const INTERNET_IPV6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0x100, 0, 0, 0, 0, 7);
 
+/// A container on a bridge of `web`, and one with an address of the delegated prefix.
+const DOCKER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
+const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 65);
+
 const GROUP: (&str, &str) = ("web servers", "sg-0123456789abcdef0");
 
 /// The VPC of the demo.
-pub struct Scene {
-    pub lab: Lab,
+pub struct Demo {
+    pub scene: Scene,
     subnets: [String; 4],
-    /// The instance under test, from its primary ENI on.
-    pub web: Vec<EniId>,
-    pub standby: EniId,
+    /// The ENIs of the instance `web`, from its primary one on.
+    web: Vec<EniId>,
+    /// The primary ENI of the instance `standby`.
+    standby: EniId,
 }
 
 /// Builds the VPC: an instance with four ENIs, a standby, and clients everywhere.
 ///
 /// # Errors
 /// The machine lacks what a lab needs.
-pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Scene> {
+pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Demo> {
     let mut lab = Lab::new(eniup)?;
     let v6 = |net: u16| Ipv6Net::new(Ipv6Addr::new(0x2600, 0x1f16, 0x67f, 0xf200 + net, 0, 0, 0, 0), 64);
-    let (vpc, subnets, peer) = lab.fabric.world(|world| -> Result<_> {
+    let (vpc, subnets, peer_vpc, peer) = lab.fabric.world(|world| -> Result<_> {
         let cidr6: IpNet = "2600:1f16:67f:f200::/56".parse()?;
         let vpc = world.create_vpc(&["10.0.0.0/16".parse()?, cidr6]);
         let mut subnets = Vec::new();
@@ -55,9 +61,8 @@ pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Scene> {
         let other = world.create_vpc(&["172.31.0.0/16".parse()?]);
         let peer = world.create_subnet(&other, Some("172.31.1.0/24".parse()?), &[])?;
         world.peer(&vpc, &other);
-        Ok((vpc, subnets, peer))
+        Ok((vpc, subnets, other, peer))
     })?;
-    ensure!(!vpc.is_empty());
     let subnets: [String; 4] = subnets.try_into().map_err(|_| anyhow::anyhow!("four subnets were made"))?;
 
     let eni = |subnet: usize, hosts: &[u8], hosts6: &[u16]| CreateEni {
@@ -80,156 +85,39 @@ pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Scene> {
         lab.elastic_ip(&web[n], private)?;
     }
     lab.run_instance("web", &web, "m7i.large", Distribution::AtLaunch)?;
-    lab.add_container("docker", "web", "docker0", "172.17.0.2/16".parse()?)?;
-    lab.add_pod("pod", "web", &PODS.map(IpAddr::from))?;
+    lab.add_container("docker", "web", "docker0", Ipv4Net::new(DOCKER, 16)?)?;
+    lab.add_pod("pod", "web", &[POD.into()])?;
 
     let standby = lab.create_network_interface(eni(0, &[50], &[0x50]))?;
     lab.run_instance("standby", std::slice::from_ref(&standby), "m7i.large", Distribution::Primary)?;
+    let mut clients = Vec::new();
     for (name, subnet) in [("subnet-a", 0), ("subnet-b", 1), ("subnet-d", 3)] {
-        let eni = lab.create_network_interface(eni(subnet, &[100], &[0x100]))?;
-        lab.run_instance(name, &[eni], "t3.micro", Distribution::Primary)?;
+        let create = eni(subnet, &[100], &[0x100]);
+        clients.push(client(&mut lab, name, &vpc, create)?);
     }
     let ipv4s = vec![Ipv4Addr::new(172, 31, 1, 100)];
-    let eni = lab.create_network_interface(CreateEni { subnet: peer, ipv4s, ..CreateEni::default() })?;
-    lab.run_instance("peer", &[eni], "t3.micro", Distribution::Primary)?;
+    clients.push(client(&mut lab, "peer", &peer_vpc, CreateEni { subnet: peer, ipv4s, ..CreateEni::default() })?);
     lab.add_internet_host("internet", Some(INTERNET_IPV4), Some(INTERNET_IPV6))?;
-    Ok(Scene { lab, subnets, web, standby })
+    let addresses = vec![INTERNET_IPV4.into(), INTERNET_IPV6.into()];
+    clients.push(Client { node: "internet".into(), class: "internet".into(), addresses, place: Place::Internet });
+    let place = Place::Container { on: "web".into(), is_masqueraded: false };
+    clients.push(Client { node: "docker".into(), class: "docker".into(), addresses: vec![DOCKER.into()], place });
+    let place = Place::Pod { on: "web".into() };
+    clients.push(Client { node: "pod".into(), class: "pod".into(), addresses: vec![POD.into()], place });
+    let scene = Scene { lab, instances: vec!["web".into(), "standby".into()], clients };
+    Ok(Demo { scene, subnets, web, standby })
+}
+
+/// An instance with one ENI that only asks and answers.
+fn client(lab: &mut Lab, name: &str, vpc: &str, create: CreateEni) -> Result<Client> {
+    let eni = lab.create_network_interface(create)?;
+    let addresses = lab.world().eni(&eni)?.addresses();
+    lab.run_instance(name, &[eni], "t3.micro", Distribution::Primary)?;
+    Ok(Client { node: name.into(), class: name.into(), addresses, place: Place::Vpc(vpc.into()) })
 }
 
 fn address6(net: u16, host: u16) -> Ipv6Addr {
     Ipv6Addr::new(0x2600, 0x1f16, 0x67f, 0xf200 + net, 0, 0, 0, host)
-}
-
-/// Addresses of the delegated prefix that containers have.
-const PODS: [Ipv4Addr; 1] = [Ipv4Addr::new(10, 0, 2, 65)];
-
-/// The clients of the tables, each with its addresses.
-const CLIENTS: [&str; 6] = ["subnet-a", "subnet-b", "subnet-d", "peer", "internet", "docker"];
-
-impl Scene {
-    fn client_addresses(&self, client: &str) -> Vec<IpAddr> {
-        match client {
-            "internet" => vec![INTERNET_IPV4.into(), INTERNET_IPV6.into()],
-            "docker" => vec![IpAddr::from([172, 17, 0, 2])],
-            name => self.addresses_of_instance(name),
-        }
-    }
-
-    fn addresses_of_instance(&self, name: &str) -> Vec<IpAddr> {
-        let world = self.lab.world();
-        let id = self.lab.instances().find(|(n, _)| *n == name).map(|(_, id)| id.to_string()).unwrap_or_default();
-        world.enis_of(&id).into_iter().flat_map(|eni| eni.addresses()).collect()
-    }
-
-    /// Every client asks every address of the instances `web` and `standby` and of the pod, by every kind of exchange.
-    fn ingress(&self) -> Vec<Check> {
-        let world = self.lab.world();
-        let mut checks = Vec::new();
-        for (name, id) in self.lab.instances().filter(|(name, _)| ["web", "standby"].contains(name)) {
-            for eni in world.enis_of(id) {
-                let link = self.lab.link_of(&eni.id).map_or("?", |(_, link)| link);
-                let own = eni.addresses();
-                for address in &own {
-                    checks.extend(self.checks_of(&format!("{name} {link}  {address}"), *address));
-                }
-                for pod in PODS.map(IpAddr::from).into_iter().filter(|pod| eni.owns(*pod)) {
-                    checks.extend(self.checks_of(&format!("{name} {link}  {pod} (pod)"), pod));
-                }
-            }
-        }
-        checks
-    }
-
-    fn checks_of(&self, row: &str, address: IpAddr) -> Vec<Check> {
-        let mut checks = Vec::new();
-        for client in CLIENTS {
-            // From the internet an IPv4 address is reached by the elastic IP in front of it, or not at all.
-            let to = match (client, address) {
-                ("internet", IpAddr::V4(address)) => self.public_of(address).map(IpAddr::from),
-                _ => Some(address),
-            };
-            let seen = self.client_addresses(client).into_iter().find(|own| own.is_ipv4() == address.is_ipv4());
-            // Nothing on the host masquerades the container, so it can ask its own host alone.
-            let is_possible = client != "docker" || row.starts_with("web ");
-            let (Some(to), Some(seen), true) = (to, seen, is_possible) else { continue };
-            for kind in Kind::ALL {
-                let probe = Probe { from: client.into(), bound: Bound::Nothing, to, kind };
-                checks.push(Check { row: row.into(), column: client.into(), probe, seen: Some(seen) });
-            }
-        }
-        checks
-    }
-
-    /// `web` asks others, unbound, bound to each of its addresses, and bound to each of its links.
-    fn egress(&self) -> Vec<Check> {
-        let unbound = Source { row: "unbound".into(), bound: Bound::Nothing, addresses: Vec::new() };
-        let mut checks: Vec<Check> = Vec::new();
-        for source in std::iter::once(unbound).chain(self.sources()) {
-            for client in CLIENTS.into_iter().filter(|client| *client != "docker") {
-                for to in self.client_addresses(client) {
-                    checks.extend(self.asks(&source, client, to));
-                }
-            }
-        }
-        checks
-    }
-
-    /// What programs on `web` can bind to.
-    fn sources(&self) -> Vec<Source> {
-        let world = self.lab.world();
-        let Some((_, id)) = self.lab.instances().find(|(name, _)| *name == "web") else { return Vec::new() };
-        let mut sources = Vec::new();
-        for eni in world.enis_of(id) {
-            let own: Vec<IpAddr> = eni.addresses();
-            let link = self.lab.link_of(&eni.id).map_or("?", |(_, link)| link);
-            let first = |is_ipv4: bool| own.iter().copied().find(|address| address.is_ipv4() == is_ipv4);
-            sources.push(Source {
-                row: format!("bound to {link}"),
-                bound: Bound::Device(link.into()),
-                addresses: first(true).into_iter().chain(first(false)).collect(),
-            });
-            for address in own {
-                let bound = Bound::Address(address);
-                sources.push(Source { row: format!("bound to {address}"), bound, addresses: vec![address] });
-            }
-        }
-        sources
-    }
-
-    fn asks(&self, source: &Source, client: &str, to: IpAddr) -> Vec<Check> {
-        let own = match source.bound {
-            Bound::Nothing => self.lab.unbound_source("web", to),
-            _ => source.addresses.iter().copied().find(|own| own.is_ipv4() == to.is_ipv4()),
-        };
-        // The internet sees the elastic IP, and an address without one cannot ask it.
-        let seen = own.and_then(|own| match (client, own) {
-            ("internet", IpAddr::V4(own)) => self.public_of(own).map(IpAddr::from),
-            _ => Some(own),
-        });
-        let Some(seen) = seen else { return Vec::new() };
-        let check = |kind| Check {
-            row: source.row.clone(),
-            column: client.into(),
-            probe: Probe { from: "web".into(), bound: source.bound.clone(), to, kind },
-            seen: Some(seen),
-        };
-        Kind::ALL.map(check).into()
-    }
-
-    fn public_of(&self, private: Ipv4Addr) -> Option<Ipv4Addr> {
-        let world = self.lab.world();
-        let behind = |(_, behind): &(&Ipv4Addr, &Option<(EniId, Ipv4Addr)>)| {
-            behind.as_ref().is_some_and(|(_, address)| *address == private)
-        };
-        world.elastic_ips.iter().find(behind).map(|(public, _)| *public)
-    }
-}
-
-/// What a program binds its socket to, and the addresses that the other side should see then, one per family.
-struct Source {
-    row: String,
-    bound: Bound,
-    addresses: Vec<IpAddr>,
 }
 
 /// Says what is being done, and how long it took.
@@ -256,30 +144,30 @@ fn took(time: Duration) -> String {
 /// # Errors
 /// Something could not even be tried.
 pub fn play(eniup: impl Into<std::path::PathBuf>) -> Result<bool> {
-    let mut scene = step("building a VPC with two instances, clients and an internet", || build(eniup))?;
+    let mut demo = step("building a VPC with two instances, clients and an internet", || build(eniup))?;
     let mut is_right = true;
-    scene.describe()?;
+    demo.describe()?;
 
     heading("Before: every link configured by DHCP, as stock images do it, and nothing else");
-    scene.look("before", false)?;
+    demo.look("before", false)?;
 
     heading("eniup reconcile");
-    scene.reconcile("web")?;
-    scene.reconcile("standby")?;
-    scene.lab.fabric.forget_drops();
+    demo.reconcile("web")?;
+    demo.reconcile("standby")?;
+    demo.scene.lab.fabric.forget_drops();
 
     heading("After");
-    is_right &= scene.look("after", true)?;
+    is_right &= demo.look("after", true)?;
 
     heading("An ENI is attached while the instance runs");
-    is_right &= scene.attach_while_running()?;
+    is_right &= demo.attach_while_running()?;
     heading("A secondary address moves to the standby: the classic failover");
-    is_right &= scene.move_address()?;
+    is_right &= demo.move_address()?;
     heading("An ENI moves to the standby with all its addresses");
-    is_right &= scene.move_eni()?;
+    is_right &= demo.move_eni()?;
 
     heading("At the end");
-    is_right &= scene.look("at the end", true)?;
+    is_right &= demo.look("at the end", true)?;
     let verdict = match is_right {
         true => paint("Every exchange is right, and the VPC dropped nothing.", Style::Good, has_colour()),
         false => paint("Something is wrong: see above.", Style::Bad, has_colour()),
@@ -295,14 +183,14 @@ fn heading(text: &str) {
     let _ = std::io::stdout().flush();
 }
 
-impl Scene {
+impl Demo {
     fn describe(&self) -> Result<()> {
-        let world = self.lab.world();
-        for (name, id) in self.lab.instances().filter(|(name, _)| ["web", "standby"].contains(name)) {
+        let world = self.scene.lab.world();
+        for (name, id) in self.scene.lab.instances().filter(|(name, _)| ["web", "standby"].contains(name)) {
             println!("{name} ({id})");
             for eni in world.enis_of(id) {
                 let subnet = world.subnet(&eni.subnet)?;
-                let link = self.lab.link_of(&eni.id).map_or("?", |(_, link)| link);
+                let link = self.scene.lab.link_of(&eni.id).map_or("?", |(_, link)| link);
                 let nets = subnet.ipv4.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
                 let addresses = eni.ipv4s.len() + eni.ipv6s.len();
                 let elastic = world.associations_of(&eni.id).len();
@@ -320,9 +208,9 @@ impl Scene {
     /// Both tables, and what the VPC dropped meanwhile.
     pub fn look(&self, when: &str, must_be_right: bool) -> Result<bool> {
         let mut is_right = true;
-        for (title, checks) in [("who reaches", self.ingress()), ("web asks", self.egress())] {
+        for (title, checks) in self.scene.tables() {
             let label = format!("{when}: {} exchanges", checks.len());
-            let faults = step(&label, || check::run(&self.lab, &checks, PATIENCE))?;
+            let faults = step(&label, || check::run(&self.scene.lab, &checks, PATIENCE))?;
             println!("{}", check::table(title, &checks, &faults));
             let wrong: Vec<&String> = faults.iter().flatten().collect();
             is_right &= wrong.is_empty();
@@ -330,19 +218,19 @@ impl Scene {
                 wrong.iter().take(10).for_each(|fault| println!("  wrong: {fault}"));
             }
         }
-        let dropped = self.lab.fabric.source_drops();
+        let dropped = self.scene.lab.fabric.source_drops();
         let dropped_style = if dropped == 0 { Style::Good } else { Style::Bad };
         let text = format!("{dropped} packets dropped by the VPC's source check");
         println!("{}", paint(&text, dropped_style, has_colour()));
         if must_be_right && dropped > 0 {
-            self.lab.fabric.last_drops().iter().rev().take(5).for_each(|drop| println!("  {drop}"));
+            self.scene.lab.fabric.last_drops().iter().rev().take(5).for_each(|drop| println!("  {drop}"));
         }
         Ok(is_right && dropped == 0)
     }
 
     fn reconcile(&self, name: &str) -> Result<Duration> {
         let started = Instant::now();
-        let output = self.lab.eniup(name, &["reconcile"])?;
+        let output = self.scene.lab.eniup(name, &["reconcile"])?;
         let elapsed = started.elapsed();
         let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "eniup reconcile on {name} ({}):\n{stderr}", output.status);
@@ -358,7 +246,7 @@ impl Scene {
             let runs: Vec<_> = reconcile.iter().map(|name| scope.spawn(|| self.reconcile(name))).collect();
             let mut answered = None;
             while answered.is_none() && since.elapsed() < Duration::from_secs(20) {
-                let outcome = self.lab.probe(std::slice::from_ref(&probe), Duration::from_millis(20))?;
+                let outcome = self.scene.lab.probe(std::slice::from_ref(&probe), Duration::from_millis(20))?;
                 answered = outcome[0].is_answer_of(to).then(|| since.elapsed());
             }
             for run in runs {
@@ -379,16 +267,16 @@ impl Scene {
             ipv6s: vec![address6(3, 0x60)],
             ..CreateEni::default()
         };
-        let eni = self.lab.create_network_interface(create)?;
+        let eni = self.scene.lab.create_network_interface(create)?;
         let of_key = |name: &str, share: u32| (name.to_string(), PROPAGATION * share / 4);
         let overrides = [of_key("interface-id", 1), of_key("device-number", 2), of_key("local-ipv4s", 3)].into();
         let propagation = Propagation { delay: PROPAGATION, overrides, ..Propagation::default() };
-        self.lab.set_propagation("web", propagation)?;
+        self.scene.lab.set_propagation("web", propagation)?;
         let since = Instant::now();
-        self.lab.attach_network_interface(&eni, "web", 0, 4)?;
+        self.scene.lab.attach_network_interface(&eni, "web", 0, 4)?;
         println!("metadata takes {} to know all of it, key by key", took(PROPAGATION));
         let is_right = self.first_answer(IpAddr::from([10, 0, 3, 60]), &["web"], since)?;
-        self.lab.set_propagation("web", Propagation::default())?;
+        self.scene.lab.set_propagation("web", Propagation::default())?;
         self.web.push(eni);
         Ok(is_right && self.is_clean())
     }
@@ -396,7 +284,7 @@ impl Scene {
     fn move_address(&mut self) -> Result<bool> {
         let address = IpAddr::from([10, 0, 0, 22]);
         let since = Instant::now();
-        self.lab.assign(&self.standby.clone(), &[address.into()], true)?;
+        self.scene.lab.assign(&self.standby.clone(), &[address.into()], true)?;
         let is_right = self.first_answer(address, &["standby", "web"], since)?;
         Ok(is_right && self.is_clean())
     }
@@ -404,14 +292,14 @@ impl Scene {
     fn move_eni(&mut self) -> Result<bool> {
         let eni = self.web.get(2).context("web has a third ENI")?.clone();
         let since = Instant::now();
-        self.lab.move_network_interface(&eni, "standby", 0, 1)?;
+        self.scene.lab.move_network_interface(&eni, "standby", 0, 1)?;
         let is_right = self.first_answer(IpAddr::from([10, 0, 1, 30]), &["standby", "web"], since)?;
         Ok(is_right && self.is_clean())
     }
 
     /// Whether the source check dropped nothing so far.
     fn is_clean(&self) -> bool {
-        let drops = self.lab.fabric.drops();
+        let drops = self.scene.lab.fabric.drops();
         let drops: Vec<_> = drops.iter().filter(|((_, reason), _)| *reason == Reason::SourceAddress).collect();
         for drop in &drops {
             println!("  dropped: {drop:?}");

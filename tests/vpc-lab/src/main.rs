@@ -48,8 +48,8 @@ fn run() -> Result<ExitCode> {
     let is_right = match cli.command {
         Verb::Demo => demo::play(eniup)?,
         Verb::Shell => {
-            let mut scene = demo::step("building a VPC", || demo::build(eniup))?;
-            shell::talk(&mut scene)?
+            let mut demo = demo::step("building a VPC", || demo::build(eniup))?;
+            shell::talk(&mut demo)?
         }
         Verb::Figures => {
             figures::measure(&eniup)?;

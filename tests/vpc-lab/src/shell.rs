@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::demo::Scene;
+use crate::demo::Demo;
 use crate::lab::Distribution;
 use crate::metadata::Propagation;
 use crate::probe::{Bound, Kind, Probe};
@@ -166,7 +166,7 @@ enum Switch {
 ///
 /// # Errors
 /// Input that cannot be read.
-pub fn talk(scene: &mut Scene) -> Result<bool> {
+pub fn talk(demo: &mut Demo) -> Result<bool> {
     let is_terminal = io::stdin().is_terminal();
     if is_terminal {
         // Ctrl-C is for the programs that run here, not for the lab.
@@ -195,7 +195,7 @@ pub fn talk(scene: &mut Scene) -> Result<bool> {
         match Line::try_parse_from(words) {
             Ok(Line { verb: Verb::Exit }) => return Ok(true),
             Ok(Line { verb }) => {
-                if let Err(error) = scene.carry_out(verb) {
+                if let Err(error) = demo.carry_out(verb) {
                     eprintln!("{error:#}");
                     if !is_terminal {
                         return Ok(false);
@@ -213,7 +213,7 @@ pub fn talk(scene: &mut Scene) -> Result<bool> {
     }
 }
 
-impl Scene {
+impl Demo {
     fn carry_out(&mut self, verb: Verb) -> Result<()> {
         match verb {
             Verb::Describe => self.describe_all(),
@@ -227,43 +227,43 @@ impl Scene {
             Verb::Drops { reset } => self.drops(reset),
             Verb::DelayMetadata { instance, milliseconds } => {
                 let delay = Duration::from_millis(milliseconds);
-                self.lab.set_propagation(&instance, Propagation { delay, ..Propagation::default() })
+                self.scene.lab.set_propagation(&instance, Propagation { delay, ..Propagation::default() })
             }
             Verb::CreateNetworkInterface { subnet, addresses } => self.create(subnet, &addresses),
-            Verb::DeleteNetworkInterface { eni } => self.lab.delete_network_interface(&self.eni(&eni)?),
+            Verb::DeleteNetworkInterface { eni } => self.scene.lab.delete_network_interface(&self.eni(&eni)?),
             Verb::AttachNetworkInterface { eni, instance, device, card } => {
-                self.lab.attach_network_interface(&self.eni(&eni)?, &instance, card, device)
+                self.scene.lab.attach_network_interface(&self.eni(&eni)?, &instance, card, device)
             }
-            Verb::DetachNetworkInterface { eni } => self.lab.detach_network_interface(&self.eni(&eni)?),
+            Verb::DetachNetworkInterface { eni } => self.scene.lab.detach_network_interface(&self.eni(&eni)?),
             Verb::MoveNetworkInterface { eni, instance, device } => {
-                self.lab.move_network_interface(&self.eni(&eni)?, &instance, 0, device)
+                self.scene.lab.move_network_interface(&self.eni(&eni)?, &instance, 0, device)
             }
             Verb::AssignPrivateIpAddresses { eni, addresses, allow_reassignment } => {
-                self.lab.assign(&self.eni(&eni)?, &sources(&addresses)?, allow_reassignment)
+                self.scene.lab.assign(&self.eni(&eni)?, &sources(&addresses)?, allow_reassignment)
             }
             Verb::UnassignPrivateIpAddresses { eni, addresses } => {
-                self.lab.unassign(&self.eni(&eni)?, &sources(&addresses)?)
+                self.scene.lab.unassign(&self.eni(&eni)?, &sources(&addresses)?)
             }
             Verb::AllocateAddress => {
-                println!("{}", self.lab.allocate_address());
+                println!("{}", self.scene.lab.allocate_address());
                 Ok(())
             }
             Verb::AssociateAddress { public, eni, private } => {
-                self.lab.associate_address(public, &self.eni(&eni)?, private)
+                self.scene.lab.associate_address(public, &self.eni(&eni)?, private)
             }
-            Verb::DisassociateAddress { public } => self.lab.disassociate_address(public),
+            Verb::DisassociateAddress { public } => self.scene.lab.disassociate_address(public),
             Verb::RunInstance { name, eni } => {
-                self.lab.run_instance(&name, &[self.eni(&eni)?], "m7i.large", Distribution::Primary)
+                self.scene.lab.run_instance(&name, &[self.eni(&eni)?], "m7i.large", Distribution::Primary)
             }
-            Verb::StopInstance { instance } => self.lab.stop_instance(&instance),
-            Verb::StartInstance { instance } => self.lab.start_instance(&instance),
+            Verb::StopInstance { instance } => self.scene.lab.stop_instance(&instance),
+            Verb::StartInstance { instance } => self.scene.lab.start_instance(&instance),
             Verb::ModifySourceDestCheck { eni, state } => {
                 let eni = self.eni(&eni)?;
-                self.lab.fabric.world(|world| world.modify_source_dest_check(&eni, matches!(state, Switch::On)))
+                self.scene.lab.fabric.world(|world| world.modify_source_dest_check(&eni, matches!(state, Switch::On)))
             }
             Verb::CreateRoute { subnet, destination, eni } => {
                 let eni = self.eni(&eni)?;
-                self.lab.fabric.world(|world| world.create_route(&subnet, destination, &eni))
+                self.scene.lab.fabric.world(|world| world.create_route(&subnet, destination, &eni))
             }
             Verb::Exit => Ok(()),
         }
@@ -271,9 +271,9 @@ impl Scene {
 
     /// The id behind `eni-…` or `web/ens6`.
     fn eni(&self, name: &str) -> Result<EniId> {
-        let world = self.lab.world();
+        let world = self.scene.lab.world();
         let is_meant = |id: &&EniId| {
-            *id == name || self.lab.link_of(id).is_some_and(|(node, link)| format!("{node}/{link}") == name)
+            *id == name || self.scene.lab.link_of(id).is_some_and(|(node, link)| format!("{node}/{link}") == name)
         };
         let found = world.enis.keys().find(is_meant).cloned();
         found.with_context(|| {
@@ -291,14 +291,14 @@ impl Scene {
                 IpNet::V6(net) => create.ipv6_prefixes.push(Ipv6Net::trunc(&net)),
             }
         }
-        println!("{}", self.lab.create_network_interface(create)?);
+        println!("{}", self.scene.lab.create_network_interface(create)?);
         Ok(())
     }
 
     fn run(&self, node: &str, words: &[String]) -> Result<()> {
         let (program, arguments) = words.split_first().context("name a program")?;
-        let mut command = self.lab.command(node, program)?;
-        let folder = self.lab.eniup.parent().map(|folder| folder.display().to_string()).unwrap_or_default();
+        let mut command = self.scene.lab.command(node, program)?;
+        let folder = self.scene.lab.eniup.parent().map(|folder| folder.display().to_string()).unwrap_or_default();
         let path = std::env::var("PATH").unwrap_or_default();
         command.args(arguments).env("PATH", format!("{folder}:{path}")).env("PS1", format!("[{node}] # "));
         // SAFETY: signal is async-signal-safe; the lab itself may ignore what its programs must not.
@@ -336,7 +336,7 @@ impl Scene {
         };
         let probe = |kind: &Kind| Probe { from: from.into(), bound: bound.clone(), to, kind: *kind };
         let probes: Vec<Probe> = kinds.iter().map(probe).collect();
-        let outcomes = self.lab.probe(&probes, PATIENCE)?;
+        let outcomes = self.scene.lab.probe(&probes, PATIENCE)?;
         for (kind, outcome) in kinds.iter().zip(&outcomes) {
             println!("{kind:4}  {outcome}");
         }
@@ -348,19 +348,19 @@ impl Scene {
 
     fn drops(&self, reset: bool) -> Result<()> {
         let mut table = Table::new(["packets", "reason", "came in by"].map(Cell::from).into(), Align::Left);
-        for ((port, reason), count) in self.lab.fabric.drops() {
+        for ((port, reason), count) in self.scene.lab.fabric.drops() {
             table.push(vec![count.to_string().into(), reason.to_string().into(), format!("{port:?}").into()]);
         }
         print!("{table}");
-        self.lab.fabric.last_drops().iter().rev().take(10).for_each(|drop| println!("  {drop}"));
+        self.scene.lab.fabric.last_drops().iter().rev().take(10).for_each(|drop| println!("  {drop}"));
         if reset {
-            self.lab.fabric.forget_drops();
+            self.scene.lab.fabric.forget_drops();
         }
         Ok(())
     }
 
     fn describe_all(&self) -> Result<()> {
-        let world = self.lab.world();
+        let world = self.scene.lab.world();
         let mut subnets = Table::new(["subnet", "VPC", "CIDRs"].map(Cell::from).into(), Align::Left);
         for (id, subnet) in &world.subnets {
             let cidrs = subnet.ipv4.iter().map(ToString::to_string);
@@ -382,7 +382,7 @@ impl Scene {
             });
             let prefixes = eni.ipv4_prefixes.iter().map(ToString::to_string);
             let prefixes = prefixes.chain(eni.ipv6_prefixes.iter().map(ToString::to_string));
-            let at = self.lab.link_of(&eni.id).map(|(node, link)| Cell::from(format!("{node}/{link}")));
+            let at = self.scene.lab.link_of(&eni.id).map(|(node, link)| Cell::from(format!("{node}/{link}")));
             enis.push(vec![
                 eni.id.clone().into(),
                 at.unwrap_or_else(|| Cell::styled("-", Style::Faint)),
@@ -393,8 +393,8 @@ impl Scene {
         }
         println!("{enis}");
         let mut nodes = Table::new(["node", "what it is"].map(Cell::from).into(), Align::Left);
-        for name in self.lab.nodes() {
-            let instance = self.lab.instances().find(|(instance, _)| *instance == name);
+        for name in self.scene.lab.nodes() {
+            let instance = self.scene.lab.instances().find(|(instance, _)| *instance == name);
             let what = instance.map_or("a host outside or a container".into(), |(_, id)| format!("instance {id}"));
             nodes.push(vec![name.into(), what.into()]);
         }
