@@ -27,6 +27,7 @@ pub const RA: u8 = 9;
 pub const DHCP: u8 = 16;
 
 pub const MAIN: u32 = 254;
+const LOCAL: u32 = 255;
 
 /// Lets the kernel finish checksums and cut segments itself before a link of this namespace sends.
 pub fn disable_offload(link: &str) -> Result<()> {
@@ -117,6 +118,11 @@ pub fn set_controller(link: &str, controller: &str) -> Result<()> {
     set_link(link, false, vec![LinkAttribute::Controller(index(controller)?)])
 }
 
+pub fn set_group(link: &str, group: u32) -> Result<()> {
+    set_link(link, false, vec![LinkAttribute::Group(group)])
+}
+
+/// The link must be down.
 pub fn rename(link: &str, name: &str) -> Result<()> {
     set_link(link, false, vec![LinkAttribute::IfName(name.into())])
 }
@@ -217,6 +223,21 @@ pub fn add_route(route: &Route) -> Result<()> {
     change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding the route to {destination}"))
 }
 
+/// Lets this machine answer for all addresses of a net.
+pub fn answer_for(net: IpNet) -> Result<()> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(net.addr());
+    message.header.destination_prefix_length = net.prefix_len();
+    message.header.kind = RouteType::Local;
+    message.header.scope = RouteScope::Host;
+    if net.prefix_len() > 0 {
+        message.attributes.push(RouteAttribute::Destination(net.network().into()));
+    }
+    message.attributes.extend([RouteAttribute::Oif(index("lo")?), RouteAttribute::Table(LOCAL)]);
+    let message = RouteNetlinkMessage::NewRoute(message);
+    change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("answering for {net}"))
+}
+
 /// A routing policy rule of somebody other than eniup: those that VPNs add around ours.
 pub struct Rule {
     pub is_ipv6: bool,
@@ -225,6 +246,13 @@ pub struct Rule {
     pub mark: Option<(u32, u32)>,
     pub is_inverted: bool,
     pub suppress_prefix_length: Option<u32>,
+}
+
+impl Rule {
+    /// Everything looks up the table.
+    pub fn new(is_ipv6: bool, priority: u32, table: u32) -> Rule {
+        Rule { is_ipv6, priority, table, mark: None, is_inverted: false, suppress_prefix_length: None }
+    }
 }
 
 pub fn add_rule(rule: &Rule) -> Result<()> {

@@ -402,6 +402,41 @@ impl Lab {
         Ok(())
     }
 
+    /// A tunnel from an instance to a node, whose end on the instance has this name. All that the node says goes there.
+    pub fn add_tunnel(&mut self, name: &str, on: &str, link: &str, own: &[IpNet], other: &[IpAddr]) -> Result<()> {
+        let far = Node::create(name)?;
+        far.sysctl("ipv4/ping_group_range", "0 0")?;
+        let namespace = far.namespace();
+        self.node(on)?.enter(|| {
+            kernel::create_veth(link, "tun0", &namespace.as_raw_fd())?;
+            kernel::set_up(link)?;
+            own.iter().try_for_each(|net| kernel::add_address(link, *net, None))
+        })?;
+        far.enter(|| {
+            kernel::set_up("tun0")?;
+            for address in other {
+                let gateway = own.iter().map(IpNet::addr).find(|own| own.is_ipv4() == address.is_ipv4());
+                kernel::add_address("tun0", (*address).into(), None)?;
+                if let Some(gateway) = gateway {
+                    kernel::add_route(&Route::new(gateway.into(), None, "tun0"))?;
+                    kernel::add_route(&Route::new(everything(gateway), Some(gateway), "tun0"))?;
+                }
+            }
+            Ok(())
+        })?;
+        self.echoes.insert(name.into(), Echo::start(&far)?);
+        self.nodes.insert(name.into(), far);
+        Ok(())
+    }
+
+    /// Gives an ENI's link, while it is down, the name that another kernel would have given it.
+    pub fn rename_link(&mut self, eni: &str, to: &str) -> Result<()> {
+        let (name, link) = self.link_of(eni).map(|(n, l)| (n.to_string(), l.to_string())).context("it has no link")?;
+        self.node(&name)?.enter(|| kernel::rename(&link, to))?;
+        self.machine_mut(&name)?.links.insert(eni.into(), to.into());
+        Ok(())
+    }
+
     /// An unasked router advertisement to an ENI, as routers send them every few minutes.
     pub fn advertise_router(&self, eni: &str) -> Result<()> {
         let all_nodes = (Mac([0x33, 0x33, 0, 0, 0, 1]), Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1));

@@ -11,6 +11,8 @@ pub mod forward;
 pub mod imds;
 pub mod kernel;
 pub mod lab;
+pub mod layouts;
+pub mod matrix;
 pub mod metadata;
 pub mod nat;
 pub mod node;

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
+use vpc_lab::matrix::{self, How};
 use vpc_lab::{demo, figures, sandbox, shell};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
@@ -25,6 +26,15 @@ enum Verb {
     Demo,
     /// The same VPC by hand: EC2's verbs, programs on the instances, probes. Reads lines; `help` lists the verbs.
     Shell,
+    /// Make every exchange on every layout.
+    Matrix {
+        /// Who configures the instances.
+        #[arg(long, value_enum, default_value_t = How::Eniup)]
+        how: How,
+        /// Only these layouts.
+        #[arg(long, value_name = "NAME")]
+        layout: Vec<String>,
+    },
     /// Measure what `eniup reconcile` costs for 1, 4 and 15 ENIs with ten addresses each.
     Figures,
 }
@@ -50,6 +60,10 @@ fn run() -> Result<ExitCode> {
         Verb::Shell => {
             let mut demo = demo::step("building a VPC", || demo::build(eniup))?;
             shell::talk(&mut demo)?
+        }
+        Verb::Matrix { how, layout } => {
+            let is_right = matrix::play(&eniup, how, &layout)?;
+            is_right || how == How::None
         }
         Verb::Figures => {
             figures::measure(&eniup)?;

@@ -49,7 +49,7 @@ pub fn masquerade(net: Ipv4Net, except: &str) -> Result<()> {
         attribute(5 | NESTED, &attribute(1, &[0; 4])),
     ];
     // `NFT_META_OIFNAME`.
-    let link = [attribute(2, &REGISTER.to_be_bytes()), attribute(1, &7u32.to_be_bytes())];
+    let link = [attribute(1, &REGISTER.to_be_bytes()), attribute(2, &7u32.to_be_bytes())];
     let mut name = [0; 16];
     name[..except.len()].copy_from_slice(except.as_bytes());
     let expressions = [

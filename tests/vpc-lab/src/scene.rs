@@ -29,6 +29,8 @@ pub struct Client {
 pub enum Place {
     /// An instance of its own.
     Vpc(VpcId),
+    /// A net behind an instance of this VPC; it asks from its address there.
+    Behind(VpcId),
     Internet,
     /// A container on a bridge of an instance, which masquerades it to the outside or not.
     Container {
@@ -39,6 +41,15 @@ pub enum Place {
     Pod {
         on: String,
     },
+}
+
+impl Client {
+    fn is_outside(&self) -> bool {
+        match self.place {
+            Place::Vpc(_) | Place::Behind(_) | Place::Internet => true,
+            Place::Container { .. } | Place::Pod { .. } => false,
+        }
+    }
 }
 
 /// One kind of exchange for each way in which an instance can ask.
@@ -98,7 +109,8 @@ impl Scene {
         let world = self.lab.world();
         let mut checks = Vec::new();
         for instance in &self.instances {
-            for client in self.clients.iter().filter(|client| matches!(client.place, Place::Vpc(_) | Place::Internet)) {
+            let is_outside = |client: &&Client| client.is_outside() && client.node != *instance;
+            for client in self.clients.iter().filter(is_outside) {
                 for to in &client.addresses {
                     for source in self.sources(&world, instance) {
                         checks.extend(self.asked_by(&world, instance, &source, client, *to));
@@ -122,7 +134,7 @@ impl Scene {
     fn contained<'a>(&'a self, instance: &'a str) -> impl Iterator<Item = &'a Client> {
         self.clients.iter().filter(move |client| match &client.place {
             Place::Container { on, .. } | Place::Pod { on } => on == instance,
-            Place::Vpc(_) | Place::Internet => false,
+            Place::Vpc(_) | Place::Behind(_) | Place::Internet => false,
         })
     }
 
@@ -197,7 +209,7 @@ impl Scene {
             Place::Container { is_masqueraded: true, .. } if own.is_some() => {
                 (MASQUERADED, self.lab.unbound_source(instance, to))
             }
-            Place::Container { .. } | Place::Vpc(_) | Place::Internet => return Vec::new(),
+            Place::Container { .. } | Place::Vpc(_) | Place::Behind(_) | Place::Internet => return Vec::new(),
         };
         let Some(seen) = source.and_then(|own| as_seen(world, own, client)) else { return Vec::new() };
         let check = |kind| Check {
@@ -215,7 +227,7 @@ fn asks(world: &World, client: &Client, instance: &str, eni: &Eni, address: IpAd
     let is_possible = match &client.place {
         // A container reaches its own host as it is, and everything else by what its host makes of it.
         Place::Container { on, .. } | Place::Pod { on } => on == instance,
-        Place::Vpc(_) | Place::Internet => can_talk(world, eni, client),
+        Place::Vpc(_) | Place::Behind(_) | Place::Internet => can_talk(world, eni, client),
     };
     let own = client.addresses.iter().copied().find(|own| own.is_ipv4() == address.is_ipv4());
     // From the internet an IPv4 address is reached by the elastic IP in front of it, or not at all.
@@ -223,15 +235,21 @@ fn asks(world: &World, client: &Client, instance: &str, eni: &Eni, address: IpAd
         (Place::Internet, IpAddr::V4(address)) => public_of(world, address).map(IpAddr::from),
         _ => Some(address),
     };
-    let (true, Some(own), Some(to)) = (is_possible, own, to) else { return Vec::new() };
-    if own == address {
-        return Vec::new();
-    }
+    // An instance under test can be another's client, but not its own.
+    let is_other = client.node != instance;
+    let (true, true, Some(own), Some(to)) = (is_possible, is_other, own, to) else { return Vec::new() };
+    let bound = match client.place {
+        Place::Behind(_) => Bound::Address(own),
+        Place::Vpc(_) | Place::Internet | Place::Container { .. } | Place::Pod { .. } => Bound::Nothing,
+    };
+    // A container's way to an address that is not its host's own leads through its host's masquerading.
+    let is_hosts = eni.addresses().contains(&address);
+    let is_masqueraded = matches!(client.place, Place::Container { is_masqueraded: true, .. }) && !is_hosts;
     let check = |kind| Check {
         row: row.into(),
         column: client.class.clone(),
-        probe: Probe { from: client.node.clone(), bound: Bound::Nothing, to, kind },
-        seen: Some(own),
+        probe: Probe { from: client.node.clone(), bound: bound.clone(), to, kind },
+        seen: (!is_masqueraded).then_some(own),
     };
     Kind::ALL.map(check).into()
 }
@@ -240,7 +258,9 @@ fn asks(world: &World, client: &Client, instance: &str, eni: &Eni, address: IpAd
 fn can_talk(world: &World, eni: &Eni, client: &Client) -> bool {
     let vpc = world.subnets.get(&eni.subnet).map(|subnet| &subnet.vpc);
     match (&client.place, vpc) {
-        (Place::Vpc(other), Some(vpc)) => other == vpc || world.peerings.contains(&(vpc.clone(), other.clone())),
+        (Place::Vpc(other) | Place::Behind(other), Some(vpc)) => {
+            other == vpc || world.peerings.contains(&(vpc.clone(), other.clone()))
+        }
         (Place::Internet, _) => true,
         _ => false,
     }
