@@ -5,6 +5,9 @@
 //! with), optionally `machine.json` (how the machine differs from a fresh one), and `plan.txt`, the expected output.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod machine;
+pub mod tools;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
