@@ -1,11 +1,11 @@
 //! Arguments to command to exit code. What the commands do is elsewhere.
 
 use std::fs;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
@@ -33,6 +33,9 @@ Examples:
 Exit codes:
   0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
   64 usage   69 metadata unavailable   75 another run is busy   77 needs CAP_NET_ADMIN   78 bad configuration";
+
+/// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
+const LARGEST_SNAPSHOT: u64 = 64 << 20;
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
@@ -125,10 +128,12 @@ pub fn run() -> Exit {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
-            // Nobody is left to tell when even this cannot be printed.
-            let _ = error.print();
-            return exit;
+            let is_printed = error.print();
+            return match (error.use_stderr(), is_printed) {
+                (true, _) => Exit::Usage,
+                (false, Err(error)) if error.kind() != ErrorKind::BrokenPipe => Exit::Failed,
+                (false, _) => Exit::Ok,
+            };
         }
     };
     start_log(&cli.global);
@@ -138,7 +143,8 @@ pub fn run() -> Exit {
         Err(error) => Err(anyhow!(error).context("starting the runtime")),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("eniup: {error:#}");
+        // Nobody is left to tell when this cannot be printed; the exit code still says it.
+        let _ = writeln!(std::io::stderr(), "eniup: {error:#}");
         exit_of(&error)
     })
 }
@@ -156,6 +162,8 @@ fn start_log(global: &Global) {
         .with_max_level(level)
         .with_writer(std::io::stderr)
         .with_ansi(has_colour)
+        // It would complain on stderr that stderr cannot be written, and panic since it cannot.
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .init();
@@ -241,12 +249,10 @@ fn check_permission() -> Result<()> {
 
 /// Another machine's snapshot says nothing of this one's links, so the plan is made for a fresh machine.
 async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> {
-    let text = fs::read(file).with_context(|| format!("reading the snapshot {}", file.display()))?;
-    let text = String::from_utf8(text).map_err(|error| {
-        anyhow!("the snapshot {} is not UTF-8 (byte {})", file.display(), error.utf8_error().valid_up_to())
-    })?;
-    let tree = Tree::from_json(&text).with_context(|| format!("reading the snapshot {}", file.display()))?;
-    let attached = metadata::attached(&tree).map_err(|error| anyhow!("the snapshot {}: {error}", file.display()))?;
+    let tree = read_snapshot(file).with_context(|| format!("the snapshot {} cannot be used", file.display()))?;
+    // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
+    let attached = metadata::attached(&tree)
+        .map_err(|error| anyhow!("the snapshot {} cannot be used: {}", file.display(), error.what()))?;
     let mut observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
@@ -254,6 +260,15 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     }
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
+}
+
+fn read_snapshot(file: &Path) -> Result<Tree> {
+    let mut bytes = Vec::new();
+    fs::File::open(file)?.take(LARGEST_SNAPSHOT + 1).read_to_end(&mut bytes)?;
+    ensure!(bytes.len() as u64 <= LARGEST_SNAPSHOT, "it is larger than {} MiB", LARGEST_SNAPSHOT >> 20);
+    let text = String::from_utf8(bytes)
+        .map_err(|error| anyhow!("it is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))?;
+    Tree::from_json(&text)
 }
 
 fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
@@ -312,7 +327,7 @@ async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config,
 /// To stdout. A reader that went away (`| head`) has what it wanted.
 fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
         _ => Ok(()),
     }
 }

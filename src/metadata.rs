@@ -62,6 +62,13 @@ pub struct Unusable {
     what: String,
 }
 
+impl Unusable {
+    /// What is missing or wrong.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+}
+
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "instance metadata cannot be used: {}; nothing was changed", self.what)
