@@ -176,13 +176,22 @@ pub fn dump() -> Result<Vec<String>> {
                 .split_once(": ")
                 .map_or(line, |(first, rest)| if first.parse::<u32>().is_ok() { rest } else { line });
             // A link that was never up has no queueing discipline yet.
-            let line = line.replace("qdisc noop ", "qdisc noqueue ");
+            let line = without_carrier(&line.replace("qdisc noop ", "qdisc noqueue "));
             if !line.contains("fe80::") && !line.contains("ff00::/8") {
                 lines.push(format!("{dump}: {}", line.trim_end()));
             }
         }
     }
     Ok(lines)
+}
+
+/// Without what the kernel finds out about the carrier, which it does when it gets to it.
+fn without_carrier(line: &str) -> String {
+    let line = line.replace("NO-CARRIER,", "").replace(",LOWER_UP", "").replace(" linkdown", "");
+    match line.split_once(" state ") {
+        Some((before, after)) => format!("{before} {}", after.split_once(' ').map_or("", |(_, rest)| rest)),
+        None => line,
+    }
 }
 
 pub fn difference(before: &[String], after: &[String]) -> String {
