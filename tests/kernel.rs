@@ -141,7 +141,7 @@ rule add priority 24001 from 10.0.1.0/24 iif lo lookup 20001 protocol 175
 rule add priority 20001 oif eth02 lookup 20001 protocol static
 rule add priority 300 fwmark 0x10/0xff lookup 100
 rule add priority 301 ipproto tcp dport 22 lookup 100
-rule add priority 302 uidrange 1000-1001 lookup 100
+rule add priority 302 uidrange 0-0 lookup 100
 rule add priority 303 from 10.9.0.0/16 blackhole
 rule add priority 304 not from 10.8.0.0/16 lookup 100
 rule add priority 5210 from all fwmark 0x80000/0xff0000 lookup main
@@ -377,6 +377,33 @@ fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
             Ok(())
         })
     });
+}
+
+#[test]
+fn a_link_whose_router_advertisements_cannot_be_turned_off_stays_down() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            fs::write("/proc/sys/net/ipv6/conf/eth03/accept_ra", "0")?;
+            make_sysctls_read_only()?;
+            let run = machine.reconcile(3)?;
+            ensure!(run.stderr.contains("eni-02 is failed") && run.stderr.contains("accept_ra"), "{}", run.stderr);
+            ensure!(!ip("link show eth02")?.contains(",UP"), "the link is up");
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
+            Ok(())
+        })
+    });
+}
+
+/// As in a container: in this sandbox alone.
+fn make_sysctls_read_only() -> Result<()> {
+    let path = c"/proc/sys".as_ptr();
+    let hardened = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    for flags in [libc::MS_BIND, libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | hardened] {
+        // SAFETY: the paths are constants, and no data is passed.
+        let result = unsafe { libc::mount(path, path, std::ptr::null(), flags, std::ptr::null()) };
+        ensure!(result == 0, "mount: {}", std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[test]
