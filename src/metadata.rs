@@ -336,15 +336,15 @@ impl Reader<'_> {
     fn slot(&self, is_primary: bool, has_many_cards: bool) -> Result<Slot, Reason> {
         let device_number = self.value("device-number")?;
         let network_card = self.value("network-card")?;
-        if is_primary {
-            return Ok(Slot { network_card: network_card.unwrap_or(0), device_number: device_number.unwrap_or(0) });
-        }
-        let device_number = device_number.ok_or(Reason::NotThere { key: "device-number" })?;
-        if network_card.is_none() && has_many_cards {
+        if network_card.is_none() && has_many_cards && !is_primary {
             return Err(Reason::NotThere { key: "network-card" });
         }
+        let device_number = match device_number {
+            None if !is_primary => return Err(Reason::NotThere { key: "device-number" }),
+            device_number => device_number.unwrap_or(0),
+        };
         let slot = Slot { network_card: network_card.unwrap_or(0), device_number };
-        if slot == (Slot { network_card: 0, device_number: 0 }) {
+        if slot == (Slot { network_card: 0, device_number: 0 }) && !is_primary {
             return Err(Reason::PlaceholderSlot);
         }
         // 32 cards of 24 ENIs are the most that EC2 has; each card's ENIs need a table of their own within a hundred.
