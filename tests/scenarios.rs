@@ -102,6 +102,17 @@ fn foreign(observed: &mut Observed) {
             observed.routes.insert((Some(index), route));
         }
     }
+    // Our mark, but of a type that we never write.
+    let multipath = Route {
+        destination: "172.30.0.0/16".parse().unwrap(),
+        kind: RouteKind::Other(1),
+        gateway: None,
+        is_onlink: false,
+        table: 20001,
+        metric: 0,
+        protocol: config.mark,
+    };
+    observed.routes.insert((None, multipath));
     for protocol in [0, 3, 175, 177] {
         for priority in [100, 19900, 20001, 24001, 32000] {
             let rule = Rule {
@@ -154,6 +165,10 @@ fn assert_foreign_untouched(before: &Observed, after: &Observed, name: &str) {
     }
     for rule in before.rules.iter().filter(|rule| !policy::owns_rule(&config, rule)) {
         assert!(after.rules.contains(rule), "{name}: {rule:?} is gone");
+    }
+    // Whatever mark they carry: we make none of these.
+    for key in before.routes.iter().filter(|(_, route)| matches!(route.kind, RouteKind::Other(_))) {
+        assert!(after.routes.contains(key), "{name}: {key:?} is gone");
     }
 }
 
