@@ -16,7 +16,6 @@ use crate::eni::Attached;
 use crate::imds::{self, Imds, Scope};
 use crate::lock;
 use crate::metadata::{self, Tree};
-use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
@@ -253,7 +252,7 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
     let attached = metadata::attached(&tree)
         .map_err(|error| anyhow!("the snapshot {} cannot be used: {}", file.display(), error.what()))?;
-    let mut observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let mut observed = reconcile::observe(config).await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
         observed = fresh_machine(&attached);
@@ -311,7 +310,7 @@ fn show_report(report: &Report) -> Result<Exit> {
 }
 
 async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config, is_json: bool) -> Result<Exit> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let observed = reconcile::observe(config).await?;
     let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
     let attached = metadata::attached(&tree)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);

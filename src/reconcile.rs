@@ -13,7 +13,7 @@ use crate::imds::{Imds, Scope};
 use crate::ledger::{self, Ledger};
 use crate::lock;
 use crate::metadata;
-use crate::net::MacAddr;
+use crate::net::{MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
@@ -89,7 +89,7 @@ pub async fn release_all(options: &Options) -> Result<Report> {
     let ledger = ledger::load(&options.directory);
     let mut failures = Vec::new();
     for round in 0.. {
-        let observed = netlink.observe().await?;
+        let observed = ledger.recall(netlink.observe().await?, options.config.mark);
         let plan = release(&observed, &ledger, &options.config);
         if plan.steps.is_empty() {
             ledger::save(&Ledger::default(), &options.directory)?;
@@ -109,7 +109,8 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
-        let observed = netlink.observe().await?;
+        let before = ledger::load(&options.directory);
+        let observed = before.recall(netlink.observe().await?, options.config.mark);
         let plan = plan(desired, &observed, primary, &options.config);
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
@@ -118,7 +119,6 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
             report.unsettled = unsettled(&machine, &failures);
             break;
         }
-        let before = ledger::load(&options.directory);
         let ledger = before.noting(&plan.steps, &observed);
         if ledger != before {
             ledger::save(&ledger, &options.directory)?;
@@ -210,9 +210,18 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let mut imds = Imds::connect(endpoint, deadline).await?;
     let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let observed = observe(config).await?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
+}
+
+/// What the kernel has, for commands that change nothing.
+///
+/// # Errors
+/// No netlink.
+pub async fn observe(config: &Config) -> Result<Observed> {
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    Ok(ledger::load(&lock::runtime_directory()).recall(observed, config.mark))
 }
 
 /// The troubles of a plan that was not carried out.
@@ -226,6 +235,8 @@ pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Troubl
 /// # Errors
 /// No netlink.
 pub async fn preview_release(options: &Options) -> Result<Plan> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    Ok(release(&observed, &ledger::load(&options.directory), &options.config))
+    let ledger = ledger::load(&options.directory);
+    let observed =
+        ledger.recall(Netlink::open().context("opening a netlink socket")?.observe().await?, options.config.mark);
+    Ok(release(&observed, &ledger, &options.config))
 }

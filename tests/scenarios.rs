@@ -155,6 +155,72 @@ fn from_any_scenario_to_any_other_one_run_converges_and_nothing_foreign_is_touch
     }
 }
 
+/// One run on a kernel older than 5.18, which forgets the mark of addresses.
+fn run_on_an_old_kernel(attached: &eniup::eni::Attached, observed: &mut Observed, ledger: &mut Ledger) -> usize {
+    let mut recalled = ledger.recall(observed.clone(), Config::default().mark);
+    let plan = plan_for(attached, &recalled);
+    *ledger = ledger.noting(&plan.steps, &recalled);
+    apply(&mut recalled, &plan);
+    *observed = forgetting(recalled);
+    plan.steps.len()
+}
+
+fn forgetting(mut observed: Observed) -> Observed {
+    let forget = |(index, address)| (index, Address { protocol: 0, ..address });
+    observed.addresses = observed.addresses.into_iter().map(forget).collect();
+    observed
+}
+
+#[test]
+fn on_a_kernel_that_forgets_the_mark_of_addresses_the_ledger_says_which_are_ours() {
+    let scenarios = scenarios().unwrap();
+    let changing: Vec<_> = scenarios.iter().filter(|scenario| !scenario.folder.join("machine.json").exists()).collect();
+    for (scenario, before) in changing.iter().filter_map(|scenario| Some((scenario, scenario.before.as_ref()?))) {
+        let name = &scenario.name;
+        let fresh = eniup::plan::fresh_machine(before);
+        let mut observed = fresh.clone();
+        foreign(&mut observed);
+        let mut observed = forgetting(observed);
+        let untouched = observed.clone();
+        let mut ledger = Ledger::default();
+        assert!(run_on_an_old_kernel(before, &mut observed, &mut ledger) > 0, "{name}");
+        assert_eq!(run_on_an_old_kernel(before, &mut observed, &mut ledger), 0, "{name}: a second run");
+
+        run_on_an_old_kernel(&scenario.attached, &mut observed, &mut ledger);
+        assert_eq!(
+            run_on_an_old_kernel(&scenario.attached, &mut observed, &mut ledger),
+            0,
+            "{name}: the next second run"
+        );
+        let mut remembering = untouched.clone();
+        for attached in [before, &scenario.attached] {
+            let plan = plan_for(attached, &remembering);
+            apply(&mut remembering, &plan);
+        }
+        assert_eq!(observed.addresses, forgetting(remembering).addresses, "{name}");
+
+        let mut recalled = ledger.recall(observed, Config::default().mark);
+        let release = release(&recalled, &ledger, &Config::default());
+        apply(&mut recalled, &release);
+        assert_eq!(forgetting(recalled).addresses, untouched.addresses, "{name}: release");
+    }
+}
+
+#[test]
+fn on_a_kernel_that_remembers_marks_the_ledger_claims_no_address() {
+    let scenario = scenarios().unwrap().into_iter().find(|scenario| scenario.name == "two-subnets-dual-stack").unwrap();
+    let fresh = scenario.observed();
+    let plan = scenario.plan(&fresh);
+    let ledger = Ledger::default().noting(&plan.steps, &fresh);
+    let mut observed = fresh;
+    apply(&mut observed, &plan);
+    // Somebody has replaced one of ours by the same of his own.
+    let (index, address) = *observed.addresses.iter().next().unwrap();
+    observed.addresses.remove(&(index, address));
+    observed.addresses.insert((index, Address { protocol: 0, ..address }));
+    assert_eq!(ledger.recall(observed.clone(), Config::default().mark), observed);
+}
+
 fn assert_foreign_untouched(before: &Observed, after: &Observed, name: &str) {
     let config = Config::default();
     for key in before.addresses.iter().filter(|(_, address)| !policy::owns_address(&config, address)) {
