@@ -58,15 +58,23 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let mut imds = Imds::connect(options.endpoint.as_deref(), options.deadline).await?;
-    let mut changes = 0;
+    let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+        let attached = match read(&mut imds).await {
+            Ok(attached) => attached,
+            // What was done before stays done, and what is pending stays pending; only waiting for it ends here.
+            Err(error) if pause > FIRST_PAUSE => {
+                tracing::warn!("no longer waiting: {error:#}");
+                return Ok(report);
+            }
+            Err(error) => return Err(error),
+        };
         let desired = desired(&attached, &options.config);
-        let mut report = converge(&mut netlink, &desired, attached.primary, options).await?;
+        let changes = report.changes;
+        report = converge(&mut netlink, &desired, attached.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
-        changes += report.changes;
-        report.changes = changes;
+        report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
         }
@@ -76,6 +84,10 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+async fn read(imds: &mut Imds) -> Result<Attached> {
+    Ok(metadata::attached(&imds.snapshot(Scope::Routing).await?)?)
 }
 
 /// Takes away everything that is ours. Metadata is not asked.
@@ -209,7 +221,7 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 /// No metadata or no netlink.
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let mut imds = Imds::connect(endpoint, deadline).await?;
-    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+    let attached = read(&mut imds).await?;
     let observed = observe(config).await?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))

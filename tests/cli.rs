@@ -4,6 +4,7 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -239,6 +240,31 @@ fn a_key_that_is_not_utf8_a_listed_name_that_is_no_mac_and_one_table_for_two_sto
             assert_trouble(&run, &["eni-02 is pending", "the same routing table"])?;
             assert_trouble(&run, &["eni-03 is pending", "the same routing table"])?;
             ensure!(of_the_second_eni()? == before, "one table: {:#?}", of_the_second_eni()?);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn metadata_that_goes_away_while_an_eni_is_waited_for_does_not_undo_the_report_of_the_others() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let mut leaves = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+            leaves.insert(second_eni("device-number"), "0".into());
+            machine.publish(leaves);
+            let mut child = machine.command("reconcile --timeout 3s").stderr(Stdio::piped()).spawn()?;
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !ip("addr show eth03")?.contains("10.0.1.40/32") {
+                ensure!(Instant::now() < deadline, "the ENI that is ready was not done");
+                std::thread::yield_now();
+            }
+            machine.service.set_disabled(true);
+            let exit = child.wait()?.code();
+            let mut said = String::new();
+            child.stderr.take().context("no stderr")?.read_to_string(&mut said)?;
+            ensure!(exit == Some(3), "exit {exit:?}: {said}");
+            ensure!(said.contains("eni-02 is pending") && said.contains("403"), "{said}");
+            ensure!(!said.contains("nothing was changed"), "it says what is not so: {said}");
             Ok(())
         })
     });
