@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
@@ -20,7 +20,7 @@ use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
-use crate::status::status;
+use crate::status::{Status, Text, status};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -60,9 +60,32 @@ struct Global {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
 
+    /// When to colour: a terminal is coloured unless NO_COLOR is set.
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    color: Color,
+
     /// Where the metadata service is, instead of 169.254.169.254 and fd00:ec2::254.
     #[arg(long, global = true, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
     imds_endpoint: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+impl Color {
+    fn is_for(self, stream: &impl IsTerminal) -> bool {
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        match self {
+            Color::Auto => stream.is_terminal() && !is_set("NO_COLOR") && !is_dumb(),
+            Color::Always => true,
+            Color::Never => false,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -155,12 +178,10 @@ fn start_log(global: &Global) {
         (false, 1) => LevelFilter::DEBUG,
         (false, _) => LevelFilter::TRACE,
     };
-    let has_colour =
-        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_ansi(has_colour)
+        .with_ansi(global.color.is_for(&std::io::stderr()))
         // It would complain on stderr that stderr cannot be written, and panic since it cannot.
         .log_internal_errors(false)
         .without_time()
@@ -211,7 +232,10 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Status { json, timeout } => show_status(endpoint, timeout.deadline(), &config, *json).await,
+        Command::Status { json, timeout } => {
+            let status = read_status(endpoint, timeout.deadline(), &config).await?;
+            show_status(&status, cli.global.color, *json)
+        }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
                 print(&format!("{step}\n"))?;
@@ -300,7 +324,11 @@ fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool)
 
 fn show_report(report: &Report) -> Result<Exit> {
     for note in &report.notes {
-        tracing::warn!("{note}");
+        // A run that had nothing to do is silent; `eniup plan` and `eniup status` say it at any time.
+        match report.changes {
+            0 => tracing::debug!("{note}"),
+            _ => tracing::warn!("{note}"),
+        }
     }
     for line in report.to_string().lines() {
         tracing::warn!("{line}");
@@ -309,16 +337,19 @@ fn show_report(report: &Report) -> Result<Exit> {
     Ok(report.exit())
 }
 
-async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config, is_json: bool) -> Result<Exit> {
+async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<Status> {
     let observed = reconcile::observe(config).await?;
     let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
     let attached = metadata::attached(&tree)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
-    let status = status(&tree, &attached, &observed, &plan, config);
+    Ok(status(&tree, &attached, &observed, &plan, config))
+}
+
+fn show_status(status: &Status, color: Color, is_json: bool) -> Result<Exit> {
     if is_json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&status)?))?;
+        print(&format!("{}\n", serde_json::to_string_pretty(status)?))?;
     } else {
-        print(&status.to_string())?;
+        print(&Text { status, has_colour: color.is_for(&std::io::stdout()) }.to_string())?;
     }
     Ok(status.exit())
 }

@@ -5,8 +5,9 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -463,4 +464,77 @@ fn json_has_the_documented_keys_and_no_others() {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
+}
+
+#[test]
+fn status_is_a_table_of_both_sides() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ip("addr add 10.77.0.1/24 dev eth02")?;
+            ip("addr del 10.0.1.21/32 dev eth02")?;
+            let status = machine.eniup("status")?;
+            ensure!(status.exit == 0 && status.stderr.is_empty(), "exit {}: {}", status.exit, status.stderr);
+            let rows: Vec<String> = status.stdout.lines().map(words).collect();
+            for row in [
+                "eni-02 secondary ENI, ready",
+                "link eth02, up, MTU 9001, also device-number-1, eni-02",
+                "table 20001",
+                "address public in metadata on the link",
+                "10.0.1.20 - yes 10.0.1.20/24, by eniup",
+                "10.0.1.21 - yes no",
+                "10.77.0.1 - no 10.77.0.1/24",
+                "1 change would bring the kernel into agreement: see `eniup plan`, run `eniup reconcile`.",
+            ] {
+                ensure!(rows.iter().any(|line| line == row), "`{row}` is missing:\n{}", status.stdout);
+            }
+            // Columns stand below each other.
+            let table: Vec<&str> = status.stdout.lines().skip_while(|line| !line.contains("eni-02")).collect();
+            let column = |word: &str| table.iter().find_map(|line| line.find(word)).context(word.to_string());
+            ensure!(column("on the link")? == column("10.0.1.20/24")? && column("in metadata")? == column("yes")?);
+            Ok(())
+        })
+    });
+}
+
+fn words(line: &str) -> String {
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn colour_is_for_terminals_and_for_those_who_want_it() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let has_colour = |text: &str| text.contains('\u{1b}');
+            ensure!(!has_colour(&machine.eniup("status")?.stdout), "a pipe is coloured");
+            ensure!(has_colour(&machine.eniup("status --color=always")?.stdout));
+            ensure!(has_colour(&on_a_terminal(machine.command("status").env("TERM", "xterm"))?), "no colour");
+            for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
+                let said = on_a_terminal(machine.command("status").env("TERM", "xterm").env(name, value))?;
+                ensure!(said.contains("eni-02") && !has_colour(&said), "{name}={value}: {said}");
+            }
+            ensure!(!has_colour(&on_a_terminal(&mut machine.command("status --color=never"))?));
+            Ok(())
+        })
+    });
+}
+
+/// What the command says to a terminal.
+fn on_a_terminal(command: &mut Command) -> Result<String> {
+    let (mut ours, mut theirs) = (-1, -1);
+    // SAFETY: openpty writes two descriptors, which are ours from here on.
+    let (ours, theirs) = unsafe {
+        let none = std::ptr::null_mut();
+        ensure!(libc::openpty(&mut ours, &mut theirs, none, none.cast(), none.cast()) == 0);
+        (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+    };
+    let mut child = command.stdout(theirs).spawn()?;
+    // The command keeps a copy of the other end, without which reading would not end.
+    command.stdout(Stdio::null());
+    let mut said = Vec::new();
+    // EIO is how a terminal says that nobody is left.
+    let end = fs::File::from(ours).read_to_end(&mut said);
+    ensure!(end.is_ok() || end.is_err_and(|error| error.raw_os_error() == Some(libc::EIO)));
+    ensure!(child.wait()?.success());
+    Ok(String::from_utf8(said)?)
 }

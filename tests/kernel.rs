@@ -380,6 +380,19 @@ fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
 }
 
 #[test]
+fn what_an_administrator_should_know_is_said_when_something_changes_and_not_by_every_run() {
+    inside(|| {
+        with_two_enis(|machine| {
+            ip("link set eth02 group 7")?;
+            let run = machine.reconcile(0)?;
+            ensure!(run.stderr.contains("eth02 (eni-02) is in link group 7"), "{}", run.stderr);
+            ensure!(machine.eniup("plan")?.stderr.contains("link group 7"), "plan does not say it");
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
 fn a_link_whose_router_advertisements_cannot_be_turned_off_stays_down() {
     inside(|| {
         with_scenario("three-enis-of-which-two-share", |machine| {
