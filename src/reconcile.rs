@@ -140,7 +140,7 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     Ok(report)
 }
 
-/// A step that failed, and how the kernel put it.
+/// A step that failed, and why.
 type Failure = (Step, String);
 
 async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> Result<Vec<Failure>> {
@@ -152,7 +152,11 @@ async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> R
                 report.changes += 1;
                 tracing::info!("{step}");
             }
-            Outcome::AlreadySo => tracing::debug!("already so: {step}"),
+            Outcome::AlreadySo => {
+                tracing::debug!("already so: {step}");
+                // Of no interest, unless the step is still to be done when all is looked at again.
+                failures.push((step.clone(), "something else is in its place".into()));
+            }
             Outcome::Skipped => tracing::debug!("left out after a failure: {step}"),
             Outcome::Failed(error) if is_permission(&error) => return Err(NotPermitted.into()),
             Outcome::Failed(error) => {

@@ -259,7 +259,7 @@ fn facts(eni: &EniStatus) -> Vec<(&'static str, String)> {
     facts.extend(eni.why.iter().map(|why| ("why", why.clone())));
     facts.push(("MAC", eni.mac.to_string()));
     facts.extend(eni.slot.map(|slot| ("card/device", slot.to_string())));
-    facts.push(("link", eni.link.as_ref().map_or_else(|| "none on this machine".into(), LinkStatus::to_string)));
+    facts.push(("link", eni.link.as_ref().map_or_else(|| "none that is its own".into(), LinkStatus::to_string)));
     // The primary's own table serves a few narrow rules only; its traffic follows main.
     facts.extend(eni.table.filter(|_| !eni.is_primary).map(|table| ("table", table.to_string())));
     let subnet: Vec<&str> = eni.subnet_id.iter().chain(&eni.subnets).map(String::as_str).collect();

@@ -372,6 +372,7 @@ fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
             ip("route add default dev eth02 table 20001 proto static")?;
             let run = machine.reconcile(3)?;
             ensure!(run.stderr.contains("eni-02 is failed"), "{}", run.stderr);
+            ensure!(run.stderr.contains("table 20001 proto 176 (something else is in its place)"), "{}", run.stderr);
             ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
             ensure!(ip("route show table 20001")?.contains("default dev eth02"), "the foreign route is gone");
             Ok(())
