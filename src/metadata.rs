@@ -351,6 +351,11 @@ impl Reader<'_> {
             ipv4_prefixes: self.networks("ipv4-prefix")?,
             ipv6_prefixes: self.networks("ipv6-prefix")?,
         };
+        // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all): it is on its
+        // way, or a stale read has lost it.
+        if eni.ipv4_subnet.is_some() && eni.ipv4s.is_empty() && !eni.ipv6s.is_empty() {
+            return Err(Reason::NotThere { key: "local-ipv4s" });
+        }
         for (family, key) in [(Family::V4, "local-ipv4s"), (Family::V6, "ipv6s")] {
             self.check_sources(&eni, family, key)?;
         }
