@@ -359,6 +359,13 @@ impl Unwanted<'_> {
         steps
     }
 
+    /// Whether metadata told all there is. An ENI without an address whose link is here is taken for one that has lost
+    /// them in a stale read.
+    fn is_complete(&self) -> bool {
+        let has_lost = |trouble: &Trouble| matches!(trouble.kind, TroubleKind::NoAddress { .. });
+        self.desired.is_complete && !self.troubles.values().any(has_lost)
+    }
+
     fn step(&self, eni: Option<&DesiredEni>, operation: Operation, reason: &str) -> Step {
         Step { eni: eni.map(|eni| eni.id.clone()), operation, reason: reason.into() }
     }
@@ -386,7 +393,7 @@ impl Unwanted<'_> {
             Some(mac) if self.desired.pending.contains(&mac) || self.is_in_trouble(mac) => false,
             Some(mac) if self.placed.contains_key(&mac) => self.placed[&mac].0.is_whole,
             // No attached ENI's: proof that it should go is a snapshot that told all there is.
-            Some(_) | None => self.desired.is_complete,
+            Some(_) | None => self.is_complete(),
         }
     }
 
@@ -394,7 +401,7 @@ impl Unwanted<'_> {
     /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have.
     fn rule_may_go(&self, rule: &Rule) -> bool {
         let is_own = rule.to.is_none() && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
-        let is_proven = self.desired.is_complete || self.is_link_gone(rule.table);
+        let is_proven = self.is_complete() || self.is_link_gone(rule.table);
         is_own || is_proven && !self.is_table_in_trouble(rule.table)
     }
 
@@ -403,7 +410,7 @@ impl Unwanted<'_> {
             .and_then(|index| self.observed.links.get(&index)?.mac)
             .is_some_and(|mac| self.is_in_trouble(mac) || self.desired.pending.contains(&mac));
         let is_own = self.eni_of_table(route.table).is_some_and(|eni| eni.is_whole && eni.link != DesiredLink::Left);
-        let is_proven = self.desired.is_complete || self.is_link_gone(route.table);
+        let is_proven = self.is_complete() || self.is_link_gone(route.table);
         !is_of_trouble && (is_own || is_proven && !self.is_table_in_trouble(route.table))
     }
 

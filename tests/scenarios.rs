@@ -54,8 +54,13 @@ fn after_a_plan_is_carried_out_nothing_is_left_to_do() {
 
 #[test]
 fn pending_or_disputed_metadata_removes_nothing_of_that_eni() {
-    for name in ["pending-metadata-removes-nothing", "link-in-a-bridge-is-left-alone", "mac-on-two-links-is-left-alone"]
-    {
+    for name in [
+        "pending-metadata-removes-nothing",
+        "link-in-a-bridge-is-left-alone",
+        "mac-on-two-links-is-left-alone",
+        "lost-ipv4-list-of-a-dual-stack-eni-removes-nothing",
+        "lost-addresses-of-an-eni-with-a-link-remove-nothing",
+    ] {
         let scenario = scenarios().unwrap().into_iter().find(|scenario| scenario.name == name).unwrap();
         let plan = scenario.plan(&scenario.observed());
         let removal = plan.steps.iter().find(|step| is_removal(&step.operation) && !is_superseded(&step.operation));
