@@ -351,9 +351,10 @@ impl Reader<'_> {
             ipv4_prefixes: self.networks("ipv4-prefix")?,
             ipv6_prefixes: self.networks("ipv6-prefix")?,
         };
-        // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all): it is on its
-        // way, or a stale read has lost it.
-        if eni.ipv4_subnet.is_some() && eni.ipv4s.is_empty() && !eni.ipv6s.is_empty() {
+        // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
+        // primary): it is on its way, or a stale read has lost it.
+        let is_efa_only = !is_primary && Family::BOTH.into_iter().all(|family| eni.sources(family).is_empty());
+        if eni.ipv4_subnet.is_some() && eni.ipv4s.is_empty() && !is_efa_only {
             return Err(Reason::NotThere { key: "local-ipv4s" });
         }
         for (family, key) in [(Family::V4, "local-ipv4s"), (Family::V6, "ipv6s")] {

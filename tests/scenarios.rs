@@ -59,6 +59,7 @@ fn pending_or_disputed_metadata_removes_nothing_of_that_eni() {
         "link-in-a-bridge-is-left-alone",
         "mac-on-two-links-is-left-alone",
         "lost-ipv4-list-of-a-dual-stack-eni-removes-nothing",
+        "lost-addresses-of-the-primary-remove-nothing",
         "lost-addresses-of-an-eni-with-a-link-remove-nothing",
     ] {
         let scenario = scenarios().unwrap().into_iter().find(|scenario| scenario.name == name).unwrap();
