@@ -212,6 +212,27 @@ fn release_puts_links_back_as_they_were_found() {
 }
 
 #[test]
+fn notes_of_another_namespace_say_nothing_of_this_ones_links() {
+    inside(|| {
+        let directory = with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            Ok(machine.directory.clone())
+        })?;
+        with_two_enis(|machine| {
+            machine.directory = directory;
+            ip("link set eth02 up")?;
+            ip("link property add dev eth02 altname eni-02")?;
+            let before = dump()?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0 && release.stderr.is_empty(), "release: {}", release.stderr);
+            let difference = difference(&before, &dump()?);
+            ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
 fn release_leaves_a_link_up_that_somebody_else_uses_by_now() {
     inside(|| {
         with_two_enis(|machine| {
