@@ -1,12 +1,12 @@
 //! Arguments to command to exit code. What the commands do is elsewhere.
 
 use std::fs;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
-use clap::{Args, Parser, Subcommand};
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
@@ -16,12 +16,11 @@ use crate::eni::Attached;
 use crate::imds::{self, Imds, Scope};
 use crate::lock;
 use crate::metadata::{self, Tree};
-use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
-use crate::status::status;
+use crate::status::{Status, Text, status};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -33,6 +32,9 @@ Examples:
 Exit codes:
   0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
   64 usage   69 metadata unavailable   75 another run is busy   77 needs CAP_NET_ADMIN   78 bad configuration";
+
+/// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
+const LARGEST_SNAPSHOT: u64 = 64 << 20;
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
@@ -58,9 +60,32 @@ struct Global {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
 
+    /// When to colour: a terminal is coloured unless NO_COLOR is set.
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    color: Color,
+
     /// Where the metadata service is, instead of 169.254.169.254 and fd00:ec2::254.
     #[arg(long, global = true, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
     imds_endpoint: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+impl Color {
+    fn is_for(self, stream: &impl IsTerminal) -> bool {
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        match self {
+            Color::Auto => stream.is_terminal() && !is_set("NO_COLOR") && !is_dumb(),
+            Color::Always => true,
+            Color::Never => false,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -125,10 +150,12 @@ pub fn run() -> Exit {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
-            // Nobody is left to tell when even this cannot be printed.
-            let _ = error.print();
-            return exit;
+            let is_printed = error.print();
+            return match (error.use_stderr(), is_printed) {
+                (true, _) => Exit::Usage,
+                (false, Err(error)) if error.kind() != ErrorKind::BrokenPipe => Exit::Failed,
+                (false, _) => Exit::Ok,
+            };
         }
     };
     start_log(&cli.global);
@@ -138,7 +165,8 @@ pub fn run() -> Exit {
         Err(error) => Err(anyhow!(error).context("starting the runtime")),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("eniup: {error:#}");
+        // Nobody is left to tell when this cannot be printed; the exit code still says it.
+        let _ = writeln!(std::io::stderr(), "eniup: {error:#}");
         exit_of(&error)
     })
 }
@@ -150,12 +178,12 @@ fn start_log(global: &Global) {
         (false, 1) => LevelFilter::DEBUG,
         (false, _) => LevelFilter::TRACE,
     };
-    let has_colour =
-        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_ansi(has_colour)
+        .with_ansi(global.color.is_for(&std::io::stderr()))
+        // It would complain on stderr that stderr cannot be written, and panic since it cannot.
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .init();
@@ -204,7 +232,10 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Status { json, timeout } => show_status(endpoint, timeout.deadline(), &config, *json).await,
+        Command::Status { json, timeout } => {
+            let status = read_status(endpoint, timeout.deadline(), &config).await?;
+            show_status(&status, cli.global.color, *json)
+        }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
                 print(&format!("{step}\n"))?;
@@ -241,19 +272,26 @@ fn check_permission() -> Result<()> {
 
 /// Another machine's snapshot says nothing of this one's links, so the plan is made for a fresh machine.
 async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> {
-    let text = fs::read(file).with_context(|| format!("reading the snapshot {}", file.display()))?;
-    let text = String::from_utf8(text).map_err(|error| {
-        anyhow!("the snapshot {} is not UTF-8 (byte {})", file.display(), error.utf8_error().valid_up_to())
-    })?;
-    let tree = Tree::from_json(&text).with_context(|| format!("reading the snapshot {}", file.display()))?;
-    let attached = metadata::attached(&tree).map_err(|error| anyhow!("the snapshot {}: {error}", file.display()))?;
-    let mut observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let tree = read_snapshot(file).with_context(|| format!("the snapshot {} cannot be used", file.display()))?;
+    // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
+    let attached = metadata::attached(&tree)
+        .map_err(|error| anyhow!("the snapshot {} cannot be used: {}", file.display(), error.what()))?;
+    let mut observed = reconcile::observe(config).await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
         observed = fresh_machine(&attached);
     }
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
+}
+
+fn read_snapshot(file: &Path) -> Result<Tree> {
+    let mut bytes = Vec::new();
+    fs::File::open(file)?.take(LARGEST_SNAPSHOT + 1).read_to_end(&mut bytes)?;
+    ensure!(bytes.len() as u64 <= LARGEST_SNAPSHOT, "it is larger than {} MiB", LARGEST_SNAPSHOT >> 20);
+    let text = String::from_utf8(bytes)
+        .map_err(|error| anyhow!("it is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))?;
+    Tree::from_json(&text)
 }
 
 fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
@@ -286,7 +324,11 @@ fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool)
 
 fn show_report(report: &Report) -> Result<Exit> {
     for note in &report.notes {
-        tracing::warn!("{note}");
+        // A run that had nothing to do is silent; `eniup plan` and `eniup status` say it at any time.
+        match report.changes {
+            0 => tracing::debug!("{note}"),
+            _ => tracing::warn!("{note}"),
+        }
     }
     for line in report.to_string().lines() {
         tracing::warn!("{line}");
@@ -295,16 +337,19 @@ fn show_report(report: &Report) -> Result<Exit> {
     Ok(report.exit())
 }
 
-async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config, is_json: bool) -> Result<Exit> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<Status> {
+    let observed = reconcile::observe(config).await?;
     let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
     let attached = metadata::attached(&tree)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
-    let status = status(&tree, &attached, &observed, &plan, config);
+    Ok(status(&tree, &attached, &observed, &plan, config))
+}
+
+fn show_status(status: &Status, color: Color, is_json: bool) -> Result<Exit> {
     if is_json {
-        print(&format!("{}\n", serde_json::to_string_pretty(&status)?))?;
+        print(&format!("{}\n", serde_json::to_string_pretty(status)?))?;
     } else {
-        print(&status.to_string())?;
+        print(&Text { status, has_colour: color.is_for(&std::io::stdout()) }.to_string())?;
     }
     Ok(status.exit())
 }
@@ -312,7 +357,7 @@ async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config,
 /// To stdout. A reader that went away (`| head`) has what it wanted.
 fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("writing to stdout"),
         _ => Ok(()),
     }
 }

@@ -43,7 +43,8 @@ fn halves(prefix: IpNet) -> Vec<IpNet> {
     prefix.subnets(prefix.prefix_len() + 1).map(Iterator::collect).unwrap_or_default()
 }
 
-fn overlap(a: &IpNet, b: &IpNet) -> bool {
+/// Whether the two have an address in common.
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 

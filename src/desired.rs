@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use crate::config::Config;
-use crate::cover::{cover, exact, of_family};
+use crate::cover::{cover, exact, of_family, overlap};
 use crate::eni::{Attached, Eni, show_source};
 use crate::net::{Address, Family, MacAddr, Route, Rule};
 use crate::policy;
@@ -246,9 +246,13 @@ fn sources_of_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family
         }
         let prefixes = match &others {
             // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any,
-            // come before a rule for the whole subnet.
-            Others::NotAllKnown(known) if known.iter().any(|other| subnet.contains(other)) => exact(&inside),
-            Others::NotAllKnown(known) | Others::Known(known) => cover(&inside, known, subnet),
+            // come before a rule for the whole subnet; a rule for the whole subnet that it has comes after exact ones.
+            Others::NotAllKnown { known, subnets }
+                if known.iter().chain(subnets).any(|other| overlap(other, &subnet)) =>
+            {
+                exact(&inside)
+            }
+            Others::NotAllKnown { known, .. } | Others::Known(known) => cover(&inside, known, subnet),
         };
         sources.extend(prefixes.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: prefix == subnet }));
     }
@@ -257,7 +261,11 @@ fn sources_of_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family
 
 enum Others {
     Known(Vec<IpNet>),
-    NotAllKnown(Vec<IpNet>),
+    /// What is known, and the subnets (as far as known) of the ENIs of which it is not.
+    NotAllKnown {
+        known: Vec<IpNet>,
+        subnets: Vec<IpNet>,
+    },
 }
 
 /// What the other attached ENIs send from, ready or not.
@@ -268,13 +276,17 @@ fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
     let disputed: Vec<IpNet> = disputed.map(|dispute| dispute.source).collect();
     sources.extend(of_family(&disputed, family));
     let mut are_all_known = attached.malformed.is_empty();
-    for pending in attached.pending.values() {
+    let mut subnets = Vec::new();
+    for pending in attached.pending.iter().filter(|(other, _)| **other != mac).map(|(_, pending)| pending) {
         match &pending.sources {
             Some(known) => sources.extend(of_family(known, family)),
-            None => are_all_known = false,
+            None => {
+                are_all_known = false;
+                subnets.extend(of_family(&pending.subnets, family));
+            }
         }
     }
-    if are_all_known { Others::Known(sources) } else { Others::NotAllKnown(sources) }
+    if are_all_known { Others::Known(sources) } else { Others::NotAllKnown { known: sources, subnets } }
 }
 
 /// The subnets of all ENIs but the primary, as far as known.

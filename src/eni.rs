@@ -127,6 +127,8 @@ pub enum Reason {
     NotThere { key: &'static str },
     /// `device-number` reads 0, the placeholder before the real value has arrived.
     PlaceholderSlot,
+    /// Another ENI has the same id.
+    IdTaken { mac: MacAddr, by: MacAddr },
     /// Another ENI has the same card and device number, so both would get one table.
     SlotTaken { slot: Slot, by: String },
     /// Another ENI has its first address as well.
@@ -143,6 +145,7 @@ impl Reason {
         match self {
             Reason::NotThere { .. }
             | Reason::PlaceholderSlot
+            | Reason::IdTaken { .. }
             | Reason::SlotTaken { .. }
             | Reason::SourceTaken { .. }
             | Reason::Unknown { .. } => true,
@@ -158,6 +161,7 @@ impl fmt::Display for Reason {
             Reason::PlaceholderSlot => {
                 write!(f, "its `device-number` reads 0, metadata's placeholder until the real one has arrived")
             }
+            Reason::IdTaken { mac, by } => write!(f, "metadata gives this id to {mac} and to {by}"),
             Reason::SlotTaken { slot, by } => write!(
                 f,
                 "it has network card and device number {slot}, and so has {by}: both would need the same routing table"

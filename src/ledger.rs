@@ -1,15 +1,17 @@
-//! What the kernel cannot remember for us: how a link was before we set it. One file below the runtime directory, which
-//! lives as long as the kernel's own state does: until the machine is rebooted.
+//! What the kernel cannot remember for us: how a link was before we set it and, where it is older than Linux 5.18, which
+//! addresses are ours. One file below the runtime directory, which lives as long as the kernel's own state does: until
+//! the machine is rebooted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::net::{Link, Observed};
+use crate::net::{Address, Link, Observed};
 use crate::operation::{LinkChange, Operation};
 use crate::plan::Step;
 
@@ -19,10 +21,13 @@ const VERSION: u32 = 1;
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Ledger {
     version: u32,
-    /// `/proc/sys/kernel/random/boot_id`: notes of another boot are about other links.
+    /// Boot and network namespace: notes of another one are about other links.
     boot: String,
     /// By link index; a link that comes back has another.
     pub links: BTreeMap<u32, Found>,
+    /// What was added, by link index.
+    #[serde(default)]
+    addresses: BTreeSet<(u32, IpNet)>,
 }
 
 /// How a link was found when it was first set, and the names it was given since.
@@ -45,12 +50,42 @@ impl Ledger {
     pub fn noting(&self, steps: &[Step], observed: &Observed) -> Ledger {
         let mut ledger = self.clone();
         ledger.links.retain(|index, _| observed.links.contains_key(index));
+        // What somebody took away is not ours when somebody adds it again.
+        let there: BTreeSet<(u32, IpNet)> =
+            observed.addresses.iter().map(|(index, address)| (*index, address.net)).collect();
+        ledger.addresses.retain(|key| there.contains(key));
         for step in steps {
-            let Operation::SetLink { link, change } = &step.operation else { continue };
-            let Some(before) = observed.links.get(&link.index) else { continue };
-            ledger.links.entry(link.index).or_default().note(change, before);
+            match &step.operation {
+                Operation::SetLink { link, change } => {
+                    let Some(before) = observed.links.get(&link.index) else { continue };
+                    ledger.links.entry(link.index).or_default().note(change, before);
+                }
+                Operation::AddAddress { link, address } => _ = ledger.addresses.insert((link.index, address.net)),
+                Operation::AddRoute { .. }
+                | Operation::AddRule { .. }
+                | Operation::ChangeAddress { .. }
+                | Operation::DeleteAddress { .. }
+                | Operation::DeleteRule { .. }
+                | Operation::DeleteRoute { .. }
+                | Operation::ResetLink { .. } => {}
+            }
         }
         ledger
+    }
+
+    /// The same, with the mark back on addresses of ours from which the kernel has lost it. `IFA_PROTO` is there since
+    /// Linux 5.18; older kernels take it without an error and forget it.
+    pub fn recall(&self, mut observed: Observed, mark: u8) -> Observed {
+        // A kernel that knows it puts it on ::1 itself, and shows what others set. Then each address speaks for itself.
+        if observed.addresses.iter().any(|(_, address)| address.protocol != 0) {
+            return observed;
+        }
+        let recall = |(index, address): (u32, Address)| {
+            let protocol = if self.addresses.contains(&(index, address.net)) { mark } else { address.protocol };
+            (index, Address { protocol, ..address })
+        };
+        observed.addresses = observed.addresses.into_iter().map(recall).collect();
+        observed
     }
 }
 
@@ -78,14 +113,16 @@ fn path(directory: &Path) -> PathBuf {
 }
 
 fn boot() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().into()).unwrap_or_default()
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::read_link("/proc/thread-self/ns/net").unwrap_or_default();
+    format!("{} {}", boot.trim(), namespace.display())
 }
 
 /// The ledger of this boot; an empty one when there is none. One that cannot be read costs a line in the log: what it
-/// says is only needed to put links back as they were found.
+/// says is needed to put links back as they were found, and to take addresses away on an old kernel, and nothing else.
 pub fn load(directory: &Path) -> Ledger {
     let path = path(directory);
-    let empty = Ledger { version: VERSION, boot: boot(), links: BTreeMap::new() };
+    let empty = Ledger { version: VERSION, boot: boot(), ..Ledger::default() };
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return empty,

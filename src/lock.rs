@@ -1,7 +1,7 @@
 //! One run at a time. The lock is the kernel's (`flock`), so it ends with the process that holds it, however that ends.
 
 use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fmt, io};
@@ -11,6 +11,8 @@ use tokio::time::{Instant, sleep};
 
 /// How often a waiting run looks whether its turn has come.
 const POLL: Duration = Duration::from_millis(20);
+
+const REMEDY: &str = "run as root, or set RUNTIME_DIRECTORY to a directory that can be written";
 
 /// Another run held the lock until the deadline.
 #[derive(Debug)]
@@ -45,10 +47,11 @@ pub async fn acquire(directory: &Path, deadline: Instant) -> Result<File> {
         .recursive(true)
         .mode(0o755)
         .create(directory)
-        .with_context(|| format!("making the directory {} for the lock", directory.display()))?;
+        .with_context(|| format!("cannot make the directory {} for the lock; {REMEDY}", directory.display()))?;
     let path = directory.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| format!("opening the lock {}", path.display()))?;
+    // Whoever may open a file may lock it, so nobody else may.
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = file.with_context(|| format!("cannot open the lock {}; {REMEDY}", path.display()))?;
     let started = Instant::now();
     loop {
         match file.try_lock() {

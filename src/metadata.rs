@@ -62,6 +62,13 @@ pub struct Unusable {
     what: String,
 }
 
+impl Unusable {
+    /// What is missing or wrong.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+}
+
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "instance metadata cannot be used: {}; nothing was changed", self.what)
@@ -116,7 +123,7 @@ impl Tree {
         if snapshot.leaves.is_empty() {
             bail!("`leaves` is empty: a snapshot has at least `{PRIMARY_MAC}` and the keys of one network interface");
         }
-        Ok(Tree::from_leaves(snapshot.leaves))
+        Ok(Tree::from_leaves(Tree::with_lower_case_macs(snapshot.leaves)))
     }
 
     fn from_leaves(leaves: BTreeMap<String, String>) -> Tree {
@@ -138,6 +145,15 @@ impl Tree {
         }
         tree
     }
+
+    /// Some imitations of the service spell MAC addresses in upper case; paths are looked up in lower case.
+    fn with_lower_case_macs(leaves: BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let lower = |path: String| match path.strip_prefix(INTERFACES).and_then(|rest| rest.split_once('/')) {
+            Some((mac, key)) => format!("{INTERFACES}{}/{key}", mac.to_ascii_lowercase()),
+            None => path,
+        };
+        leaves.into_iter().map(|(path, body)| (lower(path), body)).collect()
+    }
 }
 
 /// `a/b/c` → `a/b/`, `c`; `a/b/` → `a/`, `b/`.
@@ -146,9 +162,10 @@ fn split(path: &str) -> (&str, &str) {
     path.split_at(end)
 }
 
-/// The lines of a list, without the empty ones. Values may hold spaces, so nothing else separates them.
+/// The lines of a list, without the blank ones and without blanks around them. Values may hold spaces, so nothing else
+/// separates them.
 pub fn lines(body: &str) -> impl Iterator<Item = &str> {
-    body.lines().map(|line| line.trim_end_matches('\r')).filter(|line| !line.is_empty())
+    body.lines().map(str::trim).filter(|line| !line.is_empty())
 }
 
 /// The directory of an ENI, with its final slash. Metadata spells MAC addresses in lower case.
@@ -162,7 +179,7 @@ pub fn listed_macs(listing: &str) -> (BTreeSet<MacAddr>, Vec<String>) {
     let mut macs = BTreeSet::new();
     let mut malformed = Vec::new();
     for line in lines(listing) {
-        match line.trim_end_matches('/').parse() {
+        match eni_mac(line.trim_end_matches('/')) {
             Ok(mac) => _ = macs.insert(mac),
             Err(why) => {
                 malformed.push(format!("`{INTERFACES}` lists an interface by a name that cannot be used: {why}"))
@@ -172,6 +189,12 @@ pub fn listed_macs(listing: &str) -> (BTreeSet<MacAddr>, Vec<String>) {
     (macs, malformed)
 }
 
+/// All zeros is the loopback link's address, and a group address is no device's.
+fn eni_mac(text: &str) -> Result<MacAddr, String> {
+    let mac: MacAddr = text.parse()?;
+    if mac.is_device() { Ok(mac) } else { Err(format!("{mac} cannot be the MAC address of an ENI")) }
+}
+
 /// What a snapshot says of the attached ENIs.
 ///
 /// # Errors
@@ -179,7 +202,7 @@ pub fn listed_macs(listing: &str) -> (BTreeSet<MacAddr>, Vec<String>) {
 pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
     let unusable = |what: String| Err(Unusable { what });
     let primary = match tree.get(PRIMARY_MAC) {
-        Answer::Present(mac) => match mac.trim().parse() {
+        Answer::Present(mac) => match eni_mac(mac.trim()) {
             Ok(mac) => mac,
             Err(why) => return unusable(format!("its key `{PRIMARY_MAC}` names no primary ENI: {why}")),
         },
@@ -205,7 +228,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
             Err(reason) => _ = pending.insert(mac, reader.pending(reason)),
         }
     }
-    for (mac, reason) in slot_conflicts(primary, &ready) {
+    for (mac, reason) in id_conflicts(primary, &ready).into_iter().chain(slot_conflicts(primary, &ready)) {
         set_aside(mac, reason, &mut ready, &mut pending);
     }
     let mut disputes: BTreeMap<MacAddr, Vec<Dispute>> = BTreeMap::new();
@@ -245,6 +268,17 @@ fn set_aside(
         let subnets = Family::BOTH.into_iter().flat_map(|family| eni.subnets(family)).collect();
         pending.insert(mac, Pending { id: Some(eni.id), reason, sources: Some(sources), subnets });
     }
+}
+
+/// ENIs by one id. Everything is told by id, from failures to the names of links, so it has to be clear whose it is.
+fn id_conflicts(primary: MacAddr, ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacAddr, Reason)> {
+    let mut conflicts = Vec::new();
+    for (mac, eni) in ready.iter().filter(|(mac, _)| **mac != primary) {
+        if let Some((by, _)) = ready.iter().find(|(other, candidate)| *other != mac && candidate.id == eni.id) {
+            conflicts.push((*mac, Reason::IdTaken { mac: *mac, by: *by }));
+        }
+    }
+    conflicts
 }
 
 /// ENIs that would need the same table. Which of two has its real slot cannot be known, so both wait, but never the
@@ -317,6 +351,12 @@ impl Reader<'_> {
             ipv4_prefixes: self.networks("ipv4-prefix")?,
             ipv6_prefixes: self.networks("ipv6-prefix")?,
         };
+        // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
+        // primary): it is on its way, or a stale read has lost it.
+        let is_efa_only = !is_primary && Family::BOTH.into_iter().all(|family| eni.sources(family).is_empty());
+        if eni.ipv4_subnet.is_some() && eni.ipv4s.is_empty() && !is_efa_only {
+            return Err(Reason::NotThere { key: "local-ipv4s" });
+        }
         for (family, key) in [(Family::V4, "local-ipv4s"), (Family::V6, "ipv6s")] {
             self.check_sources(&eni, family, key)?;
         }
@@ -329,15 +369,15 @@ impl Reader<'_> {
     fn slot(&self, is_primary: bool, has_many_cards: bool) -> Result<Slot, Reason> {
         let device_number = self.value("device-number")?;
         let network_card = self.value("network-card")?;
-        if is_primary {
-            return Ok(Slot { network_card: network_card.unwrap_or(0), device_number: device_number.unwrap_or(0) });
-        }
-        let device_number = device_number.ok_or(Reason::NotThere { key: "device-number" })?;
-        if network_card.is_none() && has_many_cards {
+        if network_card.is_none() && has_many_cards && !is_primary {
             return Err(Reason::NotThere { key: "network-card" });
         }
+        let device_number = match device_number {
+            None if !is_primary => return Err(Reason::NotThere { key: "device-number" }),
+            device_number => device_number.unwrap_or(0),
+        };
         let slot = Slot { network_card: network_card.unwrap_or(0), device_number };
-        if slot == (Slot { network_card: 0, device_number: 0 }) {
+        if slot == (Slot { network_card: 0, device_number: 0 }) && !is_primary {
             return Err(Reason::PlaceholderSlot);
         }
         // 32 cards of 24 ENIs are the most that EC2 has; each card's ENIs need a table of their own within a hundred.
@@ -428,7 +468,7 @@ impl Reader<'_> {
         let mut values = Vec::new();
         let mut seen = BTreeSet::new();
         for line in lines(&body) {
-            let value = parse(line.trim()).ok_or_else(|| Reason::Invalid {
+            let value = parse(line).ok_or_else(|| Reason::Invalid {
                 key: key.into(),
                 why: format!("`{}` is not {what}", line.escape_debug()),
             })?;
@@ -504,5 +544,17 @@ pub fn details(tree: &Tree, mac: MacAddr) -> Details {
         vpc_id: one("vpc-id"),
         security_groups: many("security-groups"),
         associations,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_may_spell_mac_addresses_in_upper_case() {
+        let text = r#"{"leaves": {"mac": "0A:FF:00:00:00:01", "network/interfaces/macs/0A:FF:00:00:00:01/interface-id": "eni-01"}}"#;
+        let attached = attached(&Tree::from_json(text).unwrap()).unwrap();
+        assert_eq!(attached.primary_eni().map(|eni| eni.id.as_str()), Some("eni-01"));
     }
 }

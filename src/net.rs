@@ -19,6 +19,11 @@ impl MacAddr {
     pub fn from_bytes(bytes: &[u8]) -> Option<MacAddr> {
         bytes.try_into().ok().map(MacAddr)
     }
+
+    /// Whether it can be one device's: neither all zeros nor a group address.
+    pub fn is_device(self) -> bool {
+        self.0 != [0; 6] && self.0[0] & 1 == 0
+    }
 }
 
 impl fmt::Display for MacAddr {

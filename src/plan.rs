@@ -359,6 +359,13 @@ impl Unwanted<'_> {
         steps
     }
 
+    /// Whether metadata told all there is. An ENI without an address whose link is here is taken for one that has lost
+    /// them in a stale read.
+    fn is_complete(&self) -> bool {
+        let has_lost = |trouble: &Trouble| matches!(trouble.kind, TroubleKind::NoAddress { .. });
+        self.desired.is_complete && !self.troubles.values().any(has_lost)
+    }
+
     fn step(&self, eni: Option<&DesiredEni>, operation: Operation, reason: &str) -> Step {
         Step { eni: eni.map(|eni| eni.id.clone()), operation, reason: reason.into() }
     }
@@ -386,7 +393,7 @@ impl Unwanted<'_> {
             Some(mac) if self.desired.pending.contains(&mac) || self.is_in_trouble(mac) => false,
             Some(mac) if self.placed.contains_key(&mac) => self.placed[&mac].0.is_whole,
             // No attached ENI's: proof that it should go is a snapshot that told all there is.
-            Some(_) | None => self.desired.is_complete,
+            Some(_) | None => self.is_complete(),
         }
     }
 
@@ -394,7 +401,8 @@ impl Unwanted<'_> {
     /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have.
     fn rule_may_go(&self, rule: &Rule) -> bool {
         let is_own = rule.to.is_none() && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
-        is_own || self.desired.is_complete && !self.is_table_in_trouble(rule.table)
+        let is_proven = self.is_complete() || self.is_link_gone(rule.table);
+        is_own || is_proven && !self.is_table_in_trouble(rule.table)
     }
 
     fn route_may_go(&self, index: Option<u32>, route: &Route) -> bool {
@@ -402,7 +410,21 @@ impl Unwanted<'_> {
             .and_then(|index| self.observed.links.get(&index)?.mac)
             .is_some_and(|mac| self.is_in_trouble(mac) || self.desired.pending.contains(&mac));
         let is_own = self.eni_of_table(route.table).is_some_and(|eni| eni.is_whole && eni.link != DesiredLink::Left);
-        !is_of_trouble && (is_own || self.desired.is_complete && !self.is_table_in_trouble(route.table))
+        let is_proven = self.is_complete() || self.is_link_gone(route.table);
+        !is_of_trouble && (is_own || is_proven && !self.is_table_in_trouble(route.table))
+    }
+
+    /// Whether this is the table of an ENI whose link has left the machine: no route by any link is in it, and its rule
+    /// for bound sockets names a link that is not here. Its rules lead nowhere, and one for a whole subnet would cut off
+    /// another ENI that has come into that subnet.
+    fn is_link_gone(&self, table: u32) -> bool {
+        let of_table = |rule: &&Rule| rule.table == table && policy::owns_rule(self.config, rule);
+        let mut names = self.observed.rules.iter().filter(of_table).filter_map(|rule| rule.oif.as_ref()).peekable();
+        // A name that another ENI's link has by now says nothing.
+        let is_others = |link: &Link| self.eni_of_link(link.index).is_some();
+        let is_here = |name: &String| self.observed.links.values().any(|link| link.name == *name && !is_others(link));
+        let has_route = self.observed.routes.iter().any(|(link, route)| link.is_some() && route.table == table);
+        names.peek().is_some() && !has_route && !names.any(is_here) && self.eni_of_table(table).is_none()
     }
 
     fn is_table_in_trouble(&self, table: u32) -> bool {

@@ -144,8 +144,10 @@ pub fn owns_address(config: &Config, address: &Address) -> bool {
     address.protocol == config.mark
 }
 
+/// Of other types than we write, somebody else must have made it with our number; a request to delete it could hit
+/// another one.
 pub fn owns_route(config: &Config, route: &Route) -> bool {
-    route.protocol == config.mark
+    route.protocol == config.mark && !matches!(route.kind, RouteKind::Other(_))
 }
 
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {

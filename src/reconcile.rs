@@ -13,7 +13,7 @@ use crate::imds::{Imds, Scope};
 use crate::ledger::{self, Ledger};
 use crate::lock;
 use crate::metadata;
-use crate::net::MacAddr;
+use crate::net::{MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
@@ -58,15 +58,23 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let mut imds = Imds::connect(options.endpoint.as_deref(), options.deadline).await?;
-    let mut changes = 0;
+    let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+        let attached = match read(&mut imds).await {
+            Ok(attached) => attached,
+            // What was done before stays done, and what is pending stays pending; only waiting for it ends here.
+            Err(error) if pause > FIRST_PAUSE => {
+                tracing::warn!("no longer waiting: {error:#}");
+                return Ok(report);
+            }
+            Err(error) => return Err(error),
+        };
         let desired = desired(&attached, &options.config);
-        let mut report = converge(&mut netlink, &desired, attached.primary, options).await?;
+        let changes = report.changes;
+        report = converge(&mut netlink, &desired, attached.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
-        changes += report.changes;
-        report.changes = changes;
+        report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
         }
@@ -76,6 +84,10 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+async fn read(imds: &mut Imds) -> Result<Attached> {
+    Ok(metadata::attached(&imds.snapshot(Scope::Routing).await?)?)
 }
 
 /// Takes away everything that is ours. Metadata is not asked.
@@ -89,7 +101,7 @@ pub async fn release_all(options: &Options) -> Result<Report> {
     let ledger = ledger::load(&options.directory);
     let mut failures = Vec::new();
     for round in 0.. {
-        let observed = netlink.observe().await?;
+        let observed = ledger.recall(netlink.observe().await?, options.config.mark);
         let plan = release(&observed, &ledger, &options.config);
         if plan.steps.is_empty() {
             ledger::save(&Ledger::default(), &options.directory)?;
@@ -109,7 +121,8 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
-        let observed = netlink.observe().await?;
+        let before = ledger::load(&options.directory);
+        let observed = before.recall(netlink.observe().await?, options.config.mark);
         let plan = plan(desired, &observed, primary, &options.config);
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
@@ -118,7 +131,6 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
             report.unsettled = unsettled(&machine, &failures);
             break;
         }
-        let before = ledger::load(&options.directory);
         let ledger = before.noting(&plan.steps, &observed);
         if ledger != before {
             ledger::save(&ledger, &options.directory)?;
@@ -128,7 +140,7 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     Ok(report)
 }
 
-/// A step that failed, and how the kernel put it.
+/// A step that failed, and why.
 type Failure = (Step, String);
 
 async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> Result<Vec<Failure>> {
@@ -140,7 +152,11 @@ async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> R
                 report.changes += 1;
                 tracing::info!("{step}");
             }
-            Outcome::AlreadySo => tracing::debug!("already so: {step}"),
+            Outcome::AlreadySo => {
+                tracing::debug!("already so: {step}");
+                // Of no interest, unless the step is still to be done when all is looked at again.
+                failures.push((step.clone(), "something else is in its place".into()));
+            }
             Outcome::Skipped => tracing::debug!("left out after a failure: {step}"),
             Outcome::Failed(error) if is_permission(&error) => return Err(NotPermitted.into()),
             Outcome::Failed(error) => {
@@ -209,10 +225,19 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 /// No metadata or no netlink.
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let mut imds = Imds::connect(endpoint, deadline).await?;
-    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let attached = read(&mut imds).await?;
+    let observed = observe(config).await?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
+}
+
+/// What the kernel has, for commands that change nothing.
+///
+/// # Errors
+/// No netlink.
+pub async fn observe(config: &Config) -> Result<Observed> {
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    Ok(ledger::load(&lock::runtime_directory()).recall(observed, config.mark))
 }
 
 /// The troubles of a plan that was not carried out.
@@ -226,6 +251,8 @@ pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Troubl
 /// # Errors
 /// No netlink.
 pub async fn preview_release(options: &Options) -> Result<Plan> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    Ok(release(&observed, &ledger::load(&options.directory), &options.config))
+    let ledger = ledger::load(&options.directory);
+    let observed =
+        ledger.recall(Netlink::open().context("opening a netlink socket")?.observe().await?, options.config.mark);
+    Ok(release(&observed, &ledger, &options.config))
 }

@@ -1,6 +1,6 @@
 //! Both sides of every ENI, metadata's and the kernel's, for people as text and for programs as JSON.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::net::IpAddr;
 
 use serde::Serialize;
@@ -172,84 +172,110 @@ impl Status {
         if is_well { Exit::Ok } else { Exit::Degraded }
     }
 
-    fn changes(&self) -> usize {
-        self.drift.len() + self.enis.iter().map(|eni| eni.drift.len()).sum::<usize>()
-    }
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        for eni in &self.enis {
-            write!(f, "{eni}")?;
-        }
-        for line in &self.drift {
-            writeln!(f, "would change: {line}")?;
-        }
-        for line in self.malformed.iter().chain(&self.notes) {
-            writeln!(f, "note: {line}")?;
-        }
-        match self.changes() {
-            0 => writeln!(f, "The kernel agrees with metadata."),
-            1 => {
-                writeln!(f, "1 change would bring the kernel into agreement: see `eniup plan`, run `eniup reconcile`.")
-            }
-            n => writeln!(
-                f,
-                "{n} changes would bring the kernel into agreement: see `eniup plan`, run `eniup reconcile`."
-            ),
+    /// Whether all is well, in a sentence.
+    fn summary(&self) -> String {
+        let changes = self.drift.len() + self.enis.iter().map(|eni| eni.drift.len()).sum::<usize>();
+        let unready = self.enis.iter().filter(|eni| eni.state != State::Ready).count();
+        let remedy = "see `eniup plan`, run `eniup reconcile`";
+        match (changes, unready) {
+            (0, 0) => "The kernel agrees with metadata.".into(),
+            (0, n) => format!("Nothing to change at the moment; {} not ready.", count(n, "ENI is", "ENIs are")),
+            (n, _) => format!("{} would bring the kernel into agreement: {remedy}.", count(n, "change", "changes")),
         }
     }
 }
 
-impl fmt::Display for EniStatus {
+fn count(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
+/// What is worth a colour on a terminal.
+#[derive(Clone, Copy)]
+enum Colour {
+    Bold,
+    Good,
+    Waiting,
+    Bad,
+}
+
+/// Status as a text for people.
+pub struct Text<'a> {
+    pub status: &'a Status,
+    /// Escape sequences are for terminals alone.
+    pub has_colour: bool,
+}
+
+impl fmt::Display for Text<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let role = if self.is_primary { "primary ENI" } else { "secondary ENI" };
-        let id = self.id.as_deref().unwrap_or("(no id yet)");
-        write!(f, "{id}  {role}, {}", self.state)?;
-        match &self.why {
-            Some(why) => writeln!(f, ": {why}")?,
-            None if self.drift.is_empty() => writeln!(f)?,
-            None => writeln!(f, ", {} to change", self.drift.len())?,
+        let Status { schema: _, enis, drift, malformed, notes } = self.status;
+        for eni in enis {
+            self.write_eni(f, eni)?;
+            writeln!(f)?;
         }
-        let mut place = format!("MAC {}", self.mac);
-        if let Some(slot) = self.slot {
-            let _ = write!(place, ", card/device {slot}");
+        for line in drift {
+            writeln!(f, "would change: {}", plain(line))?;
         }
-        if let Some(table) = self.table.filter(|_| !self.is_primary) {
-            let _ = write!(place, ", table {table}");
+        for line in malformed.iter().chain(notes) {
+            writeln!(f, "note: {}", plain(line))?;
         }
-        writeln!(f, "  {place}")?;
-        match &self.link {
-            Some(link) => {
-                let names =
-                    if link.altnames.is_empty() { String::new() } else { format!(" ({})", link.altnames.join(", ")) };
-                writeln!(
-                    f,
-                    "  link {}{names}, {}, MTU {}",
-                    link.name,
-                    if link.is_up { "up" } else { "down" },
-                    link.mtu
-                )?;
-            }
-            None => writeln!(f, "  no link on this machine")?,
+        writeln!(f, "{}", self.status.summary())
+    }
+}
+
+impl Text<'_> {
+    fn paint(&self, colour: Colour, text: &str) -> String {
+        let code = match colour {
+            Colour::Bold => 1,
+            Colour::Good => 32,
+            Colour::Waiting => 33,
+            Colour::Bad => 31,
+        };
+        if self.has_colour { format!("\x1b[{code}m{}\x1b[0m", plain(text)) } else { plain(text) }
+    }
+
+    fn write_eni(&self, f: &mut fmt::Formatter, eni: &EniStatus) -> fmt::Result {
+        let colour = match eni.state {
+            State::Ready => Colour::Good,
+            State::Pending => Colour::Waiting,
+            State::Failed => Colour::Bad,
+        };
+        let role = if eni.is_primary { "primary" } else { "secondary" };
+        let id = self.paint(Colour::Bold, eni.id.as_deref().unwrap_or("(no id yet)"));
+        writeln!(f, "{id}  {role} ENI, {}", self.paint(colour, &eni.state.to_string()))?;
+        for (label, value) in facts(eni) {
+            writeln!(f, "  {label:15}  {}", plain(&value))?;
         }
-        let of =
-            [self.subnet_id.as_deref().unwrap_or(""), &self.subnets.join(" "), self.vpc_id.as_deref().unwrap_or("")];
-        let of: Vec<&str> = of.into_iter().filter(|part| !part.is_empty()).collect();
-        if !of.is_empty() {
-            writeln!(f, "  subnet {}", of.join(", "))?;
+        write_addresses(f, &eni.addresses)?;
+        for line in &eni.drift {
+            writeln!(f, "  would change: {}", plain(line))?;
         }
-        if !self.security_groups.is_empty() {
-            writeln!(f, "  security groups {}", self.security_groups.join(", "))?;
-        }
-        write_addresses(f, &self.addresses)?;
-        for prefix in &self.delegated_prefixes {
-            writeln!(f, "  delegated prefix {prefix}")?;
-        }
-        for line in &self.drift {
-            writeln!(f, "  would change: {line}")?;
-        }
-        writeln!(f)
+        Ok(())
+    }
+}
+
+/// What is known of an ENI beside its addresses, by label.
+fn facts(eni: &EniStatus) -> Vec<(&'static str, String)> {
+    let mut facts = Vec::new();
+    facts.extend(eni.why.iter().map(|why| ("why", why.clone())));
+    facts.push(("MAC", eni.mac.to_string()));
+    facts.extend(eni.slot.map(|slot| ("card/device", slot.to_string())));
+    facts.push(("link", eni.link.as_ref().map_or_else(|| "none that is its own".into(), LinkStatus::to_string)));
+    // The primary's own table serves a few narrow rules only; its traffic follows main.
+    facts.extend(eni.table.filter(|_| !eni.is_primary).map(|table| ("table", table.to_string())));
+    let subnet: Vec<&str> = eni.subnet_id.iter().chain(&eni.subnets).map(String::as_str).collect();
+    facts.push(("subnet", subnet.join(" ")));
+    facts.extend(eni.vpc_id.iter().map(|vpc| ("VPC", vpc.clone())));
+    facts.push(("security groups", eni.security_groups.join(", ")));
+    facts.push(("prefixes", eni.delegated_prefixes.join(" ")));
+    facts.retain(|(_, value)| !value.is_empty());
+    facts
+}
+
+impl fmt::Display for LinkStatus {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let LinkStatus { name, altnames, is_up, mtu } = self;
+        write!(f, "{name}, {}, MTU {mtu}", if *is_up { "up" } else { "down" })?;
+        if altnames.is_empty() { Ok(()) } else { write!(f, ", also {}", altnames.join(", ")) }
     }
 }
 
@@ -257,17 +283,37 @@ fn write_addresses(f: &mut fmt::Formatter, addresses: &[AddressStatus]) -> fmt::
     if addresses.is_empty() {
         return Ok(());
     }
-    let width = addresses.iter().map(|row| row.address.to_string().len()).max().unwrap_or(0).max("address".len());
-    writeln!(f, "  {:width$}  {:15}  {:8}  on the link", "address", "public", "metadata")?;
-    for row in addresses {
-        let public = row.public.map(|public| public.to_string()).unwrap_or_default();
-        let in_metadata = if row.in_metadata { "yes" } else { "no" };
+    let heads = ["address", "public", "in metadata", "on the link"].map(String::from);
+    let row = |row: &AddressStatus| {
         let on_link = match &row.on_link {
             Some(net) if row.is_ours => format!("{net}, by eniup"),
             Some(net) => net.clone(),
             None => "no".into(),
         };
-        writeln!(f, "  {:width$}  {public:15}  {in_metadata:8}  {on_link}", row.address)?;
+        let public = row.public.map_or_else(|| "-".into(), |public| public.to_string());
+        [row.address.to_string(), public, if row.in_metadata { "yes" } else { "no" }.into(), on_link]
+    };
+    let rows: Vec<[String; 4]> = std::iter::once(heads).chain(addresses.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let (first, second, third) = (width(0), width(1), width(2));
+    for [address, public, in_metadata, on_link] in &rows {
+        writeln!(f, "  {address:first$}  {public:second$}  {in_metadata:third$}  {on_link}")?;
     }
     Ok(())
+}
+
+/// Metadata holds names that people chose; none of them may speak to the terminal.
+fn plain(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_from_metadata_cannot_speak_to_the_terminal() {
+        assert_eq!(plain("web \u{1b}]0;owned\u{7} ä"), "web \\u{1b}]0;owned\\u{7} ä");
+    }
 }

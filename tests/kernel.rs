@@ -4,164 +4,18 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, bail, ensure};
-use eniup::eni::Attached;
-use eniup::net::MacAddr;
+use anyhow::{Result, bail, ensure};
+use support::machine::{
+    command, difference, dump, inside, ip, on_a_machine, output, scenario, with_scenario, with_two_enis,
+};
 use support::scenarios;
-use vpc_lab::imds::Service;
 use vpc_lab::metadata::Published;
-
-/// A machine: a network namespace (this thread's) with links for ENIs and a metadata service on its loopback.
-struct Machine {
-    directory: PathBuf,
-    endpoint: String,
-    tree: Arc<Mutex<Published>>,
-    _service: Service,
-    /// MAC → the link's name.
-    links: BTreeMap<MacAddr, String>,
-}
-
-/// Runs the test on a machine of its own: a thread in a new network namespace.
-fn on_a_machine<T: Send>(test: impl FnOnce(&mut Machine) -> Result<T> + Send) -> Result<T> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let run = || {
-        // SAFETY: unshare moves this thread alone into a new network namespace.
-        ensure!(unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0, "unshare: {}", std::io::Error::last_os_error());
-        ip("link set lo up")?;
-        let tree = Arc::new(Mutex::new(Published::new()));
-        let (service, address) = vpc_lab::imds::serve_on_loopback(tree.clone())?;
-        let directory = PathBuf::from(format!("/run/machine-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
-        let endpoint = format!("http://{address}");
-        let mut machine = Machine { directory, endpoint, tree, _service: service, links: BTreeMap::new() };
-        test(&mut machine)
-    };
-    std::thread::scope(|scope| scope.spawn(run).join().expect("the test's thread panicked"))
-}
-
-fn output(command: &mut Command) -> Result<Output> {
-    command.output().with_context(|| format!("running {command:?}: install it with tests/prepare"))
-}
-
-/// ip(8), which has to succeed.
-fn ip(arguments: &str) -> Result<String> {
-    let output = output(Command::new("ip").args(arguments.split_whitespace()))?;
-    ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-struct Run {
-    exit: i32,
-    stdout: String,
-    stderr: String,
-}
-
-impl Machine {
-    fn eniup(&self, arguments: &str) -> Result<Run> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
-        command.args(arguments.split_whitespace());
-        command.env("RUNTIME_DIRECTORY", &self.directory).env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &self.endpoint);
-        let output = output(&mut command)?;
-        Ok(Run {
-            exit: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8(output.stdout)?,
-            stderr: String::from_utf8(output.stderr)?,
-        })
-    }
-
-    /// Reconciles and expects this exit code.
-    fn reconcile(&self, exit: i32) -> Result<Run> {
-        let run = self.eniup("reconcile --timeout 1s")?;
-        ensure!(run.exit == exit, "exit {} instead of {exit}: {}", run.exit, run.stderr);
-        Ok(run)
-    }
-
-    /// A second run finds nothing to do and says nothing.
-    fn assert_settled(&self) -> Result<()> {
-        let plan = self.eniup("plan --detailed-exitcode")?;
-        ensure!(plan.exit != 2 && plan.stdout.is_empty(), "something is left to do:\n{}", plan.stdout);
-        if plan.exit == 0 {
-            let again = self.reconcile(0)?;
-            ensure!(again.stderr.is_empty() && again.stdout.is_empty(), "a second run says: {}", again.stderr);
-        }
-        Ok(())
-    }
-
-    /// What EC2 does when this snapshot becomes true: links come and go, and metadata tells so.
-    fn become_attached(&mut self, metadata: &Path, attached: &Attached) -> Result<()> {
-        let snapshot: serde_json::Value = serde_json::from_str(&fs::read_to_string(metadata)?)?;
-        let leaves: BTreeMap<String, String> = serde_json::from_value(snapshot["leaves"].clone())?;
-        *self.tree.lock().unwrap() = Published::raw(leaves, BTreeMap::new());
-        // An EFA-only ENI has no link.
-        let has_link = |mac: &&MacAddr| match attached.ready.get(*mac) {
-            Some(eni) => !(eni.ipv4s.is_empty() && eni.ipv6s.is_empty()),
-            None => true,
-        };
-        let listed = attached.ready.keys().chain(attached.pending.keys());
-        let wanted: BTreeSet<MacAddr> = listed.filter(has_link).copied().collect();
-        let gone: Vec<MacAddr> = self.links.keys().filter(|mac| !wanted.contains(mac)).copied().collect();
-        for mac in gone {
-            let name = self.links.remove(&mac).unwrap_or_default();
-            ip(&format!("link del {name}"))?;
-        }
-        for mac in wanted {
-            if !self.links.contains_key(&mac) {
-                self.plug(mac, mac == attached.primary)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn plug(&mut self, mac: MacAddr, is_primary: bool) -> Result<()> {
-        let number = mac.to_string().rsplit(':').next().unwrap_or_default().to_string();
-        let name = format!("eth{number}");
-        ip(&format!("link add {name} address {mac} type veth peer name peer{number} address 02:99:00:00:00:{number}"))?;
-        ip(&format!("link set peer{number} up"))?;
-        if is_primary {
-            ip(&format!("link set {name} mtu 9001 up"))?;
-            ip(&format!("addr add 10.0.0.10/24 dev {name}"))?;
-            ip("route add default via 10.0.0.1 proto dhcp metric 100")?;
-        }
-        self.links.insert(mac, name);
-        Ok(())
-    }
-}
-
-/// What the kernel has, as iproute2 tells it, without what differs by itself between two namespaces.
-fn dump() -> Result<Vec<String>> {
-    let mut lines = Vec::new();
-    let dumps =
-        ["-d -o link", "-d -o addr", "-4 -d route show table all", "-6 -d route show table all", "-4 rule", "-6 rule"];
-    for dump in dumps {
-        for line in ip(dump)?.lines() {
-            // The index, and the kernel's own routes for peers' link-local addresses, which come when they come.
-            let line = line
-                .split_once(": ")
-                .map_or(line, |(first, rest)| if first.parse::<u32>().is_ok() { rest } else { line });
-            // A link that was never up has no queueing discipline yet.
-            let line = line.replace("qdisc noop ", "qdisc noqueue ");
-            if !line.contains("fe80::") && !line.contains("ff00::/8") {
-                lines.push(format!("{dump}: {}", line.trim_end()));
-            }
-        }
-    }
-    Ok(lines)
-}
 
 /// What carries our mark, and all addresses of ENIs: an iproute2 that does not know `IFA_PROTO` does not show theirs.
 fn ours() -> Result<BTreeSet<String>> {
     let is_ours = |line: &String| line.contains("proto 176") || line.starts_with("-d -o addr: eth");
     Ok(dump()?.into_iter().filter(is_ours).collect())
-}
-
-fn difference(before: &[String], after: &[String]) -> String {
-    let gone = before.iter().filter(|line| !after.contains(line)).map(|line| format!("- {line}\n"));
-    let come = after.iter().filter(|line| !before.contains(line)).map(|line| format!("+ {line}\n"));
-    gone.chain(come).collect()
 }
 
 /// iproute2 of 2022 and before does not know an address's `proto`, neither to set nor to show it. With such a one the
@@ -183,7 +37,7 @@ fn for_this_ip(script: &str) -> String {
 
 #[test]
 fn the_printed_plan_run_through_iproute2_gives_the_same_kernel_state_as_netlink() {
-    vpc_lab::inside(|| {
+    inside(|| {
         for scenario in scenarios()?.iter().filter(|scenario| !scenario.folder.join("machine.json").exists()) {
             let metadata = scenario.folder.join("metadata.json");
             let by_netlink = on_a_machine(|machine| {
@@ -195,7 +49,7 @@ fn the_printed_plan_run_through_iproute2_gives_the_same_kernel_state_as_netlink(
             let by_commands = on_a_machine(|machine| {
                 machine.become_attached(&metadata, &scenario.attached)?;
                 let script = for_this_ip(&machine.eniup("plan")?.stdout);
-                let output = output(Command::new("sh").args(["-ec", &script]))?;
+                let output = output(command("sh").args(["-ec", &script]))?;
                 ensure!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
                 machine.assert_settled()?;
                 dump()
@@ -210,7 +64,7 @@ fn the_printed_plan_run_through_iproute2_gives_the_same_kernel_state_as_netlink(
 
 #[test]
 fn from_any_scenario_to_any_other_one_run_converges_on_the_kernel() {
-    vpc_lab::inside(|| {
+    inside(|| {
         let scenarios = scenarios()?;
         let whole: Vec<_> = scenarios.iter().filter(|scenario| scenario.attached.is_complete()).collect();
         let mut fresh = BTreeMap::new();
@@ -253,16 +107,6 @@ fn from_any_scenario_to_any_other_one_run_converges_on_the_kernel() {
     });
 }
 
-/// A machine with a second ENI, dual stack.
-fn with_two_enis<T: Send>(test: impl FnOnce(&mut Machine) -> Result<T> + Send) -> Result<T> {
-    let scenario = scenarios()?.into_iter().find(|scenario| scenario.name == "two-subnets-dual-stack");
-    let scenario = scenario.context("the scenario is missing")?;
-    on_a_machine(|machine| {
-        machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
-        test(machine)
-    })
-}
-
 /// Objects of every sort that are not ours, some of them hard to tell from ours.
 const FOREIGN: &str = "
 link set eth02 up
@@ -297,7 +141,7 @@ rule add priority 24001 from 10.0.1.0/24 iif lo lookup 20001 protocol 175
 rule add priority 20001 oif eth02 lookup 20001 protocol static
 rule add priority 300 fwmark 0x10/0xff lookup 100
 rule add priority 301 ipproto tcp dport 22 lookup 100
-rule add priority 302 uidrange 1000-1001 lookup 100
+rule add priority 302 uidrange 0-0 lookup 100
 rule add priority 303 from 10.9.0.0/16 blackhole
 rule add priority 304 not from 10.8.0.0/16 lookup 100
 rule add priority 5210 from all fwmark 0x80000/0xff0000 lookup main
@@ -327,7 +171,7 @@ fn without_countdown(lines: Vec<String>) -> Vec<String> {
 
 #[test]
 fn foreign_objects_of_every_sort_are_untouched_and_release_leaves_the_machine_as_it_was() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             add_foreign_objects()?;
             let before = without_countdown(dump()?);
@@ -353,7 +197,7 @@ fn foreign_objects_of_every_sort_are_untouched_and_release_leaves_the_machine_as
 
 #[test]
 fn release_puts_links_back_as_they_were_found() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             let before = dump()?;
             machine.reconcile(0)?;
@@ -368,8 +212,29 @@ fn release_puts_links_back_as_they_were_found() {
 }
 
 #[test]
+fn notes_of_another_namespace_say_nothing_of_this_ones_links() {
+    inside(|| {
+        let directory = with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            Ok(machine.directory.clone())
+        })?;
+        with_two_enis(|machine| {
+            machine.directory = directory;
+            ip("link set eth02 up")?;
+            ip("link property add dev eth02 altname eni-02")?;
+            let before = dump()?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0 && release.stderr.is_empty(), "release: {}", release.stderr);
+            let difference = difference(&before, &dump()?);
+            ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
 fn release_leaves_a_link_up_that_somebody_else_uses_by_now() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             machine.reconcile(0)?;
             ip("addr add 10.77.0.1/24 dev eth02")?;
@@ -406,22 +271,22 @@ fn repairs(what_happens: &[&str]) -> Result<()> {
 
 #[test]
 fn a_bounced_link_is_repaired_by_the_next_run() {
-    vpc_lab::inside(|| repairs(&["link set eth02 down", "link set eth02 up"]));
+    inside(|| repairs(&["link set eth02 down", "link set eth02 up"]));
 }
 
 #[test]
 fn a_link_that_went_down_is_repaired_by_the_next_run() {
-    vpc_lab::inside(|| repairs(&["link set eth02 down"]));
+    inside(|| repairs(&["link set eth02 down"]));
 }
 
 #[test]
 fn flushed_addresses_routes_and_rules_are_repaired_by_the_next_run() {
-    vpc_lab::inside(|| repairs(&["addr flush dev eth02", "route flush table 20001", "rule del priority 24001"]));
+    inside(|| repairs(&["addr flush dev eth02", "route flush table 20001", "rule del priority 24001"]));
 }
 
 #[test]
 fn a_renamed_link_gets_its_rule_and_loses_the_old_one() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             machine.reconcile(0)?;
             ip("link set eth02 down")?;
@@ -437,11 +302,9 @@ fn a_renamed_link_gets_its_rule_and_loses_the_old_one() {
 
 #[test]
 fn a_detached_eni_leaves_nothing_behind() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
-            let alone =
-                scenarios()?.into_iter().find(|scenario| scenario.name == "one-eni-gets-its-secondary-addresses");
-            let alone = alone.context("the scenario is missing")?;
+            let alone = scenario("one-eni-gets-its-secondary-addresses")?;
             machine.reconcile(0)?;
             machine.become_attached(&alone.folder.join("metadata.json"), &alone.attached)?;
             machine.reconcile(0)?;
@@ -455,7 +318,7 @@ fn a_detached_eni_leaves_nothing_behind() {
 
 #[test]
 fn two_runs_at_once_wait_for_each_other_and_no_longer_than_they_may() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             fs::create_dir_all(&machine.directory)?;
             let lock = fs::File::create(machine.directory.join("lock"))?;
@@ -479,13 +342,11 @@ fn two_runs_at_once_wait_for_each_other_and_no_longer_than_they_may() {
 
 #[test]
 fn many_runs_at_once_end_in_one_result() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             let children: Result<Vec<_>> = (0..8)
                 .map(|_| {
-                    let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
-                    command.arg("reconcile").env("RUNTIME_DIRECTORY", &machine.directory);
-                    command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &machine.endpoint);
+                    let mut command = machine.command("reconcile");
                     Ok(command.stderr(std::process::Stdio::piped()).spawn()?)
                 })
                 .collect();
@@ -503,16 +364,12 @@ fn many_runs_at_once_end_in_one_result() {
 
 #[test]
 fn one_eni_in_trouble_does_not_stop_the_others() {
-    vpc_lab::inside(|| {
-        let scenarios = scenarios()?;
-        let scenario = scenarios.iter().find(|scenario| scenario.name == "three-enis-of-which-two-share");
-        let scenario = scenario.context("the scenario is missing")?;
+    inside(|| {
         for trouble in [
             &["link add br0 type bridge", "link set eth02 master br0"][..],
             &["link add other0 address 02:00:00:00:00:02 type veth peer name other1"][..],
         ] {
-            on_a_machine(|machine| {
-                machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+            with_scenario("three-enis-of-which-two-share", |machine| {
                 for command in trouble {
                     ip(command)?;
                 }
@@ -529,17 +386,14 @@ fn one_eni_in_trouble_does_not_stop_the_others() {
 
 #[test]
 fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
-    vpc_lab::inside(|| {
-        let scenarios = scenarios()?;
-        let scenario = scenarios.iter().find(|scenario| scenario.name == "three-enis-of-which-two-share");
-        let scenario = scenario.context("the scenario is missing")?;
-        on_a_machine(|machine| {
-            machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
             // The place of the router's route is taken by somebody else's, so ours cannot be added.
             ip("link set eth02 up")?;
             ip("route add default dev eth02 table 20001 proto static")?;
             let run = machine.reconcile(3)?;
             ensure!(run.stderr.contains("eni-02 is failed"), "{}", run.stderr);
+            ensure!(run.stderr.contains("table 20001 proto 176 (something else is in its place)"), "{}", run.stderr);
             ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
             ensure!(ip("route show table 20001")?.contains("default dev eth02"), "the foreign route is gone");
             Ok(())
@@ -548,45 +402,48 @@ fn an_operation_that_the_kernel_refuses_fails_its_eni_alone() {
 }
 
 #[test]
-fn without_the_capability_nothing_is_read_or_changed() {
-    vpc_lab::inside(|| {
+fn what_an_administrator_should_know_is_said_when_something_changes_and_not_by_every_run() {
+    inside(|| {
         with_two_enis(|machine| {
-            let before = dump()?;
-            let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
-            command.arg("reconcile").env("RUNTIME_DIRECTORY", &machine.directory);
-            command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &machine.endpoint);
-            drop_capabilities(&mut command);
-            let output = output(&mut command)?;
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            ensure!(
-                output.status.code() == Some(77) && stderr.contains("CAP_NET_ADMIN"),
-                "{:?}: {stderr}",
-                output.status
-            );
-            ensure!(stderr.lines().count() == 1, "more than one line: {stderr}");
-            ensure!(!machine.directory.exists(), "something was written");
-            ensure!(difference(&before, &dump()?).is_empty(), "something was changed");
+            ip("link set eth02 group 7")?;
+            let run = machine.reconcile(0)?;
+            ensure!(run.stderr.contains("eth02 (eni-02) is in link group 7"), "{}", run.stderr);
+            ensure!(machine.eniup("plan")?.stderr.contains("link group 7"), "plan does not say it");
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
+fn a_link_whose_router_advertisements_cannot_be_turned_off_stays_down() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            fs::write("/proc/sys/net/ipv6/conf/eth03/accept_ra", "0")?;
+            make_sysctls_read_only()?;
+            let run = machine.reconcile(3)?;
+            ensure!(run.stderr.contains("eni-02 is failed") && run.stderr.contains("accept_ra"), "{}", run.stderr);
+            ensure!(!ip("link show eth02")?.contains(",UP"), "the link is up");
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
             Ok(())
         })
     });
 }
 
-fn drop_capabilities(command: &mut Command) {
-    use std::os::unix::process::CommandExt;
-    // SAFETY: prctl is async-signal-safe. Without the bounding set, exec leaves even root without capabilities.
-    unsafe {
-        command.pre_exec(|| {
-            for capability in 0..64 {
-                libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
-            }
-            Ok(())
-        })
-    };
+/// As in a container: in this sandbox alone.
+fn make_sysctls_read_only() -> Result<()> {
+    let path = c"/proc/sys".as_ptr();
+    let hardened = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+    for flags in [libc::MS_BIND, libc::MS_BIND | libc::MS_REMOUNT | libc::MS_RDONLY | hardened] {
+        // SAFETY: the paths are constants, and no data is passed.
+        let result = unsafe { libc::mount(path, path, std::ptr::null(), flags, std::ptr::null()) };
+        ensure!(result == 0, "mount: {}", std::io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[test]
 fn the_network_is_as_it_was_when_metadata_cannot_be_used() {
-    vpc_lab::inside(|| {
+    inside(|| {
         with_two_enis(|machine| {
             machine.reconcile(0)?;
             let before = dump()?;
@@ -609,7 +466,7 @@ fn the_network_is_as_it_was_when_metadata_cannot_be_used() {
                 ensure!(run.exit == 69 && run.stderr.lines().count() == 1, "{what}: exit {}: {}", run.exit, run.stderr);
                 ensure!(difference(&before, &dump()?).is_empty(), "{what}: something was changed");
             }
-            machine._service.set_disabled(true);
+            machine.service.set_disabled(true);
             let run = machine.eniup("reconcile --timeout 5s")?;
             if run.exit != 69 || !run.stderr.contains("403") {
                 bail!("403: exit {}: {}", run.exit, run.stderr);

@@ -3,6 +3,8 @@
 mod support;
 
 use std::fs;
+use std::net::IpAddr;
+use std::sync::LazyLock;
 
 use eniup::config::Config;
 use eniup::ledger::Ledger;
@@ -11,6 +13,7 @@ use eniup::operation::Operation;
 use eniup::plan::Plan;
 use eniup::release::release;
 use eniup::{policy, reconcile};
+use proptest::prelude::*;
 use support::{apply, plan_for, scenarios};
 
 /// The plan as `eniup plan` prints it, with what it warns of as comments below.
@@ -54,8 +57,14 @@ fn after_a_plan_is_carried_out_nothing_is_left_to_do() {
 
 #[test]
 fn pending_or_disputed_metadata_removes_nothing_of_that_eni() {
-    for name in ["pending-metadata-removes-nothing", "link-in-a-bridge-is-left-alone", "mac-on-two-links-is-left-alone"]
-    {
+    for name in [
+        "pending-metadata-removes-nothing",
+        "link-in-a-bridge-is-left-alone",
+        "mac-on-two-links-is-left-alone",
+        "lost-ipv4-list-of-a-dual-stack-eni-removes-nothing",
+        "lost-addresses-of-the-primary-remove-nothing",
+        "lost-addresses-of-an-eni-with-a-link-remove-nothing",
+    ] {
         let scenario = scenarios().unwrap().into_iter().find(|scenario| scenario.name == name).unwrap();
         let plan = scenario.plan(&scenario.observed());
         let removal = plan.steps.iter().find(|step| is_removal(&step.operation) && !is_superseded(&step.operation));
@@ -102,6 +111,17 @@ fn foreign(observed: &mut Observed) {
             observed.routes.insert((Some(index), route));
         }
     }
+    // Our mark, but of a type that we never write.
+    let multipath = Route {
+        destination: "172.30.0.0/16".parse().unwrap(),
+        kind: RouteKind::Other(1),
+        gateway: None,
+        is_onlink: false,
+        table: 20001,
+        metric: 0,
+        protocol: config.mark,
+    };
+    observed.routes.insert((None, multipath));
     for protocol in [0, 3, 175, 177] {
         for priority in [100, 19900, 20001, 24001, 32000] {
             let rule = Rule {
@@ -144,6 +164,72 @@ fn from_any_scenario_to_any_other_one_run_converges_and_nothing_foreign_is_touch
     }
 }
 
+/// One run on a kernel older than 5.18, which forgets the mark of addresses.
+fn run_on_an_old_kernel(attached: &eniup::eni::Attached, observed: &mut Observed, ledger: &mut Ledger) -> usize {
+    let mut recalled = ledger.recall(observed.clone(), Config::default().mark);
+    let plan = plan_for(attached, &recalled);
+    *ledger = ledger.noting(&plan.steps, &recalled);
+    apply(&mut recalled, &plan);
+    *observed = forgetting(recalled);
+    plan.steps.len()
+}
+
+fn forgetting(mut observed: Observed) -> Observed {
+    let forget = |(index, address)| (index, Address { protocol: 0, ..address });
+    observed.addresses = observed.addresses.into_iter().map(forget).collect();
+    observed
+}
+
+#[test]
+fn on_a_kernel_that_forgets_the_mark_of_addresses_the_ledger_says_which_are_ours() {
+    let scenarios = scenarios().unwrap();
+    let changing: Vec<_> = scenarios.iter().filter(|scenario| !scenario.folder.join("machine.json").exists()).collect();
+    for (scenario, before) in changing.iter().filter_map(|scenario| Some((scenario, scenario.before.as_ref()?))) {
+        let name = &scenario.name;
+        let fresh = eniup::plan::fresh_machine(before);
+        let mut observed = fresh.clone();
+        foreign(&mut observed);
+        let mut observed = forgetting(observed);
+        let untouched = observed.clone();
+        let mut ledger = Ledger::default();
+        assert!(run_on_an_old_kernel(before, &mut observed, &mut ledger) > 0, "{name}");
+        assert_eq!(run_on_an_old_kernel(before, &mut observed, &mut ledger), 0, "{name}: a second run");
+
+        run_on_an_old_kernel(&scenario.attached, &mut observed, &mut ledger);
+        assert_eq!(
+            run_on_an_old_kernel(&scenario.attached, &mut observed, &mut ledger),
+            0,
+            "{name}: the next second run"
+        );
+        let mut remembering = untouched.clone();
+        for attached in [before, &scenario.attached] {
+            let plan = plan_for(attached, &remembering);
+            apply(&mut remembering, &plan);
+        }
+        assert_eq!(observed.addresses, forgetting(remembering).addresses, "{name}");
+
+        let mut recalled = ledger.recall(observed, Config::default().mark);
+        let release = release(&recalled, &ledger, &Config::default());
+        apply(&mut recalled, &release);
+        assert_eq!(forgetting(recalled).addresses, untouched.addresses, "{name}: release");
+    }
+}
+
+#[test]
+fn on_a_kernel_that_remembers_marks_the_ledger_claims_no_address() {
+    let scenario = scenarios().unwrap().into_iter().find(|scenario| scenario.name == "two-subnets-dual-stack").unwrap();
+    let fresh = scenario.observed();
+    let plan = scenario.plan(&fresh);
+    let ledger = Ledger::default().noting(&plan.steps, &fresh);
+    let mut observed = fresh;
+    apply(&mut observed, &plan);
+    // Somebody has replaced one of ours by the same of his own.
+    let (index, address) = *observed.addresses.iter().next().unwrap();
+    observed.addresses.remove(&(index, address));
+    observed.addresses.insert((index, Address { protocol: 0, ..address }));
+    assert_eq!(ledger.recall(observed.clone(), Config::default().mark), observed);
+}
+
 fn assert_foreign_untouched(before: &Observed, after: &Observed, name: &str) {
     let config = Config::default();
     for key in before.addresses.iter().filter(|(_, address)| !policy::owns_address(&config, address)) {
@@ -155,6 +241,30 @@ fn assert_foreign_untouched(before: &Observed, after: &Observed, name: &str) {
     for rule in before.rules.iter().filter(|rule| !policy::owns_rule(&config, rule)) {
         assert!(after.rules.contains(rule), "{name}: {rule:?} is gone");
     }
+    // Whatever mark they carry: we make none of these.
+    for key in before.routes.iter().filter(|(_, route)| matches!(route.kind, RouteKind::Other(_))) {
+        assert!(after.routes.contains(key), "{name}: {key:?} is gone");
+    }
+}
+
+/// The first rule of ours that each address of a ready ENI meets.
+fn first_rules<'a>(
+    attached: &'a eniup::eni::Attached,
+    observed: &'a Observed,
+) -> Vec<(&'a eniup::eni::Eni, IpAddr, Option<&'a Rule>)> {
+    let config = Config::default();
+    let rules: Vec<&Rule> = observed.rules.iter().filter(|rule| policy::owns_rule(&config, rule)).collect();
+    let first =
+        |source: IpAddr| rules.iter().copied().find(|rule| rule.from.is_some_and(|from| from.contains(&source)));
+    let sources = |eni: &eniup::eni::Eni| {
+        eniup::net::Family::BOTH.into_iter().flat_map(|family| eni.addresses(family)).collect::<Vec<_>>()
+    };
+    attached
+        .ready
+        .values()
+        .flat_map(|eni| sources(eni).into_iter().map(move |source| (eni, source)))
+        .map(|(eni, source)| (eni, source, first(source)))
+        .collect()
 }
 
 /// The promise's first half, in the plan itself: no rule sends an address by another ENI.
@@ -164,21 +274,15 @@ fn no_rule_matches_a_source_of_another_eni() {
         let mut observed = scenario.observed();
         let plan = scenario.plan(&observed);
         apply(&mut observed, &plan);
-        let config = Config::default();
-        for (mac, eni) in &scenario.attached.ready {
-            for family in eniup::net::Family::BOTH {
-                for source in eni.addresses(family) {
-                    let mut rules = observed.rules.iter().filter(|rule| policy::owns_rule(&config, rule));
-                    let first = rules.find(|rule| rule.from.is_some_and(|from| from.contains(&source)));
-                    let table = policy::table(&config, eni.slot);
-                    let is_primary = *mac == scenario.attached.primary;
-                    let name = &scenario.name;
-                    match first {
-                        Some(rule) => assert_eq!(rule.table, table, "{name}: {source} by {rule:?}"),
-                        // In a pending link's or a bridge's stead nothing is made.
-                        None => assert!(is_primary || has_trouble(&scenario, eni), "{name}: no rule for {source}"),
-                    }
+        let name = &scenario.name;
+        for (eni, source, first) in first_rules(&scenario.attached, &observed) {
+            let is_primary = scenario.attached.primary_eni() == Some(eni);
+            match first {
+                Some(rule) => {
+                    assert_eq!(rule.table, policy::table(&Config::default(), eni.slot), "{name}: {source} by {rule:?}")
                 }
+                // In a pending link's or a bridge's stead nothing is made.
+                None => assert!(is_primary || has_trouble(&scenario, eni), "{name}: no rule for {source}"),
             }
         }
     }
@@ -219,5 +323,82 @@ fn the_largest_machines_are_planned_in_well_under_a_second() {
         // A wide margin for a debug build on a busy machine; the figures are in the benchmarks.
         assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
         eprintln!("{} ENIs × {addresses}: {} steps in {:?}", cards * devices, plan.steps.len(), started.elapsed());
+    }
+}
+
+/// Bodies as no service should give them, beside some that it does.
+const BODIES: [&str; 24] = [
+    "",
+    "0",
+    "1",
+    "2",
+    "99",
+    "4294967295",
+    "-1",
+    "10.0.1.20",
+    "10.0.1.20\n10.0.1.21",
+    "10.0.0.10\n10.0.0.11\r\n ",
+    "10.0.1.0/24",
+    "10.0.0.0/16",
+    "10.0.1.16/28",
+    "0.0.0.0/0",
+    "255.255.255.255",
+    "::",
+    "2600:1f16:67f:f201::14",
+    "2600:1f16:67f:f201:0:0:0:0/64",
+    "2600:1f16:67f:f201:1::/80",
+    "fe80::1",
+    "::ffff:10.0.1.20",
+    "eni-01",
+    "'; reboot #",
+    "\u{1b}[2J\u{0}",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_metadata_says_one_run_converges_and_nothing_foreign_is_touched(
+        changes in prop::collection::vec((1..5u8, 0..eniup::metadata::ROUTING_KEYS.len(), 0..BODIES.len()), 0..12)
+    ) {
+        static WHOLE: LazyLock<(serde_json::Value, Observed)> = LazyLock::new(|| {
+            let scenarios = scenarios().unwrap();
+            let scenario = scenarios.iter().find(|scenario| scenario.name == "two-subnets-dual-stack").unwrap();
+            let text = fs::read_to_string(scenario.folder.join("metadata.json")).unwrap();
+            let mut observed = scenario.observed();
+            foreign(&mut observed);
+            let plan = scenario.plan(&observed);
+            apply(&mut observed, &plan);
+            (serde_json::from_str(&text).unwrap(), observed)
+        });
+        let (mut snapshot, mut observed) = WHOLE.clone();
+        for (eni, key, body) in changes {
+            let key = eniup::metadata::ROUTING_KEYS[key];
+            snapshot["leaves"][format!("network/interfaces/macs/02:00:00:00:00:0{eni}/{key}")] = BODIES[body].into();
+        }
+        let tree = eniup::metadata::Tree::from_json(&snapshot.to_string()).unwrap();
+        let attached = eniup::metadata::attached(&tree).unwrap();
+        let before = observed.clone();
+        let plan = plan_for(&attached, &observed);
+        apply(&mut observed, &plan);
+        prop_assert_eq!(plan_for(&attached, &observed).steps, []);
+        assert_foreign_untouched(&before, &observed, &snapshot.to_string());
+        for (mac, eni) in &attached.ready {
+            let link = eniup::plan::find_link(*mac, &observed).unwrap().map(|link| link.index);
+            for (_, source, rule) in first_rules(&attached, &observed).into_iter().filter(|(of, ..)| *of == eni) {
+                // By its own table, or one from before a change that leads to the same link.
+                let leads_elsewhere = |rule: &&Rule| {
+                    let mut routes = observed.routes.iter().filter(|(_, route)| route.table == rule.table && policy::owns_route(&Config::default(), route));
+                    rule.table != policy::table(&Config::default(), eni.slot) && routes.any(|(by, _)| by.is_some() && *by != link)
+                };
+                prop_assert!(!rule.as_ref().is_some_and(leads_elsewhere), "{} by {:?}", source, rule);
+            }
+        }
+        for step in &plan.steps {
+            prop_assert!(!step.to_string().contains(char::is_control), "{}", step);
+        }
+        for (eni, trouble) in reconcile::preview_troubles(&attached, &plan) {
+            prop_assert!(!format!("{eni}{}", trouble.why).contains(char::is_control), "{}", trouble.why);
+        }
     }
 }

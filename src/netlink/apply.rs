@@ -35,7 +35,7 @@ pub enum Outcome {
 }
 
 impl Netlink {
-    /// Carries out the steps in their order; one outcome each. After a failed step the later phases of the same ENI are
+    /// Carries out the steps in their order; one outcome each. After a failed step the later stages of the same ENI are
     /// left out, and all others go on.
     ///
     /// # Errors
@@ -43,11 +43,11 @@ impl Netlink {
     pub async fn apply(&mut self, steps: &[Step]) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::with_capacity(steps.len());
         let mut failed: BTreeSet<&str> = BTreeSet::new();
-        for phase in steps.chunk_by(|a, b| a.operation.phase() == b.operation.phase()) {
+        for stage in steps.chunk_by(|a, b| stage(a) == stage(b)) {
             let runs = |step: &&Step| step.eni.as_deref().is_none_or(|eni| !failed.contains(eni));
-            let running: Vec<&Step> = phase.iter().filter(runs).collect();
-            let mut results = self.apply_phase(&running).await?.into_iter();
-            for step in phase {
+            let running: Vec<&Step> = stage.iter().filter(runs).collect();
+            let mut results = self.apply_stage(&running).await?.into_iter();
+            for step in stage {
                 let outcome = if running.iter().any(|run| std::ptr::eq(*run, step)) {
                     results.next().unwrap_or(Outcome::Skipped)
                 } else {
@@ -55,7 +55,7 @@ impl Netlink {
                 };
                 outcomes.push(outcome);
             }
-            for (step, outcome) in phase.iter().zip(&outcomes[outcomes.len() - phase.len()..]) {
+            for (step, outcome) in stage.iter().zip(&outcomes[outcomes.len() - stage.len()..]) {
                 if let (Some(eni), Outcome::Failed(_)) = (&step.eni, outcome) {
                     failed.insert(eni);
                 }
@@ -64,26 +64,17 @@ impl Netlink {
         Ok(outcomes)
     }
 
-    async fn apply_phase(&mut self, steps: &[&Step]) -> Result<Vec<Outcome>> {
+    async fn apply_stage(&mut self, steps: &[&Step]) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::with_capacity(steps.len());
-        let is_sysctl = |step: &&Step| {
-            matches!(
-                step.operation,
-                Operation::SetLink { change: LinkChange::AcceptRa(_), .. }
-                    | Operation::ResetLink { change: LinkChange::AcceptRa(_), .. }
-            )
-        };
-        for run in steps.chunk_by(|a, b| is_sysctl(a) == is_sysctl(b)) {
-            if is_sysctl(&run[0]) {
-                for step in run {
-                    outcomes.push(self.set_sysctl(&step.operation).await);
-                }
-                continue;
+        if steps.first().is_some_and(|step| is_sysctl(&step.operation)) {
+            for step in steps {
+                outcomes.push(self.set_sysctl(&step.operation).await);
             }
-            let requests: Vec<Request> = run.iter().map(|step| request(&step.operation)).collect();
-            let results = self.change(&requests).await.context("sending changes to the kernel")?;
-            outcomes.extend(run.iter().zip(results).map(|(step, result)| outcome(&step.operation, result)));
+            return Ok(outcomes);
         }
+        let requests: Vec<Request> = steps.iter().map(|step| request(&step.operation)).collect();
+        let results = self.change(&requests).await.context("sending changes to the kernel")?;
+        outcomes.extend(steps.iter().zip(results).map(|(step, result)| outcome(&step.operation, result)));
         Ok(outcomes)
     }
 
@@ -118,6 +109,20 @@ impl Netlink {
         let link = links.get(&index).ok_or_else(|| Error::Refused(io::Error::from_raw_os_error(libc::ENODEV)))?;
         Ok(link.name.clone())
     }
+}
+
+/// Steps of one stage go out together. A link whose router advertisements could not be turned off must not go up, so
+/// that is a stage of its own within its phase.
+fn stage(step: &Step) -> (u8, bool) {
+    (step.operation.phase(), is_sysctl(&step.operation))
+}
+
+fn is_sysctl(operation: &Operation) -> bool {
+    matches!(
+        operation,
+        Operation::SetLink { change: LinkChange::AcceptRa(_), .. }
+            | Operation::ResetLink { change: LinkChange::AcceptRa(_), .. }
+    )
 }
 
 /// An errno that means "already so" is named for each operation; any other is a failure.

@@ -36,7 +36,7 @@ impl Netlink {
             let routes = self.dump(RouteNetlinkMessage::GetRoute(request)).await;
             for message in routes.with_context(|| format!("dumping {family} routes"))? {
                 if let RouteNetlinkMessage::NewRoute(message) = message {
-                    observed.routes.extend(route(family, &message));
+                    observed.routes.extend(route(&message));
                 }
             }
             let mut request = RuleMessage::default();
@@ -47,7 +47,7 @@ impl Netlink {
                 rules => {
                     for message in rules.with_context(|| format!("dumping {family} rules"))? {
                         if let RouteNetlinkMessage::NewRule(message) = message {
-                            observed.rules.insert(rule(family, &message));
+                            observed.rules.extend(rule(&message));
                         }
                     }
                 }
@@ -147,8 +147,15 @@ fn address(message: &AddressMessage) -> Option<(u32, Address)> {
     Some((message.header.index, address))
 }
 
-fn route(family: Family, message: &RouteMessage) -> Option<(Option<u32>, Route)> {
+/// By the message's own family, not the one asked for: a kernel without IPv6 answers a request for IPv6 routes with
+/// those of all families that it has.
+fn family(kernel_family: AddressFamily) -> Option<Family> {
+    FAMILIES.iter().find(|(_, known)| *known == kernel_family).map(|(family, _)| *family)
+}
+
+fn route(message: &RouteMessage) -> Option<(Option<u32>, Route)> {
     let header = &message.header;
+    let family = family(header.address_family)?;
     let mut link = None;
     let mut destination = None;
     let mut gateway = None;
@@ -201,8 +208,9 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-fn rule(family: Family, message: &RuleMessage) -> Rule {
+fn rule(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
+    let family = family(header.family)?;
     let mut rule = Rule {
         priority: 0,
         family,
@@ -234,9 +242,27 @@ fn rule(family: Family, message: &RuleMessage) -> Rule {
             _ => rule.has_more = true,
         }
     }
-    rule
+    Some(rule)
 }
 
 fn some_unless_minus_one(value: u32) -> Option<u32> {
     (value != u32::MAX).then_some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ipv4_default_route_in_answer_to_a_request_for_ipv6_stays_ipv4() {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        message.header.kind = RouteType::Unicast;
+        message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet([10, 0, 1, 1].into())));
+        let (_, route) = route(&message).unwrap();
+        assert_eq!(route.destination, Family::V4.everything());
+
+        message.header.address_family = AddressFamily::Other(129);
+        assert_eq!(super::route(&message), None);
+    }
 }

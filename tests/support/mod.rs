@@ -5,6 +5,9 @@
 //! with), optionally `machine.json` (how the machine differs from a fresh one), and `plan.txt`, the expected output.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod machine;
+pub mod tools;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -89,6 +92,7 @@ impl Scenario {
         if let Some(before) = &self.before {
             let plan = plan_for(before, &observed);
             apply(&mut observed, &plan);
+            plug(&mut observed, fresh_machine(&self.attached));
         }
         self.change(&mut observed);
         observed
@@ -146,6 +150,17 @@ impl Scenario {
         for (mac, group) in &machine.group {
             link(observed, *mac).group = *group;
         }
+    }
+}
+
+/// What was attached since comes as links of its own.
+fn plug(observed: &mut Observed, fresh: Observed) {
+    let is_new = |link: &eniup::net::Link| observed.links.values().all(|known| known.mac != link.mac);
+    let new: Vec<eniup::net::Link> = fresh.links.into_values().filter(is_new).collect();
+    for link in new {
+        let index = observed.links.keys().max().map_or(2, |last| last + 1);
+        let name = format!("eth{}", index - 2);
+        observed.links.insert(index, eniup::net::Link { index, name, ..link });
     }
 }
 

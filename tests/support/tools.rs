@@ -1,0 +1,51 @@
+//! ip(8), the tests' second opinion. Where the machine has none, `tests/prepare` gets it: for the whole machine as root,
+//! else unpacked below the target directory.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The value of PATH with which `ip` and the other tools are found.
+///
+/// # Panics
+/// When there is no ip(8) and none can be had: without it these tests cannot run, and none of them passes unrun.
+pub fn path() -> &'static OsString {
+    static PATH: OnceLock<OsString> = OnceLock::new();
+    PATH.get_or_init(|| find().or_else(prepare).unwrap_or_else(|why| panic!("{why}")))
+}
+
+/// Where `tests/prepare` unpacks: `target/tools`, which `cargo clean` takes away.
+fn tools() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools")
+}
+
+/// The user's PATH, then the system's directories, which an ordinary user's may leave out, then our own.
+fn find() -> Result<OsString, String> {
+    let users = std::env::var_os("PATH").unwrap_or_default();
+    let users = std::env::split_paths(&users);
+    let folders: Vec<PathBuf> = users.chain(["/usr/sbin".into(), "/sbin".into(), tools().join("bin")]).collect();
+    match folders.iter().any(|folder| folder.join("ip").is_file()) {
+        true => std::env::join_paths(folders).map_err(|error| format!("PATH: {error}")),
+        false => Err("the tests need ip(8), and it is not here".into()),
+    }
+}
+
+fn prepare(_: String) -> Result<OsString, String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/prepare");
+    // A sandbox has no network to get anything by.
+    if vpc_lab::sandbox::is_inside() {
+        return Err(format!("the tests need ip(8): run {}", script.display()));
+    }
+    let output = Command::new(&script).arg(tools()).output();
+    let output =
+        output.map_err(|error| format!("the tests need ip(8), and {} cannot be run: {error}", script.display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!(
+            "the tests need ip(8), and it could not be had: {}",
+            said.lines().last().unwrap_or_default()
+        ));
+    }
+    find()
+}
