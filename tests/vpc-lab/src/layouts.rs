@@ -385,7 +385,7 @@ fn keepalived(eniup: &Path) -> Result<Stage> {
     let builder = three_enis(eniup, Distribution::AtLaunch)?;
     builder.on_web(|| {
         kernel::add_address("ens6", "10.0.1.21/24".parse()?, None)?;
-        kernel::add_address("ens7", "10.0.2.31/25".parse()?, None)
+        kernel::add_address("ens7", "10.0.2.31/30".parse()?, None)
     })?;
     builder.stage()
 }
