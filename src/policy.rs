@@ -111,6 +111,8 @@ pub fn rule(config: &Config, family: Family, priority: u32, table: u32) -> Rule 
         to: None,
         iif: None,
         oif: None,
+        mark: None,
+        is_inverted: false,
         table,
         suppress_prefix_length: None,
         suppress_group: None,
@@ -148,8 +150,9 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
     route.protocol == config.mark
 }
 
+/// Our mark, and nothing of what our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
-    rule.protocol == config.mark && !rule.has_more
+    rule.protocol == config.mark && rule.mark.is_none() && !rule.is_inverted && !rule.has_more
 }
 
 /// Whether this link can be an ENI's own: not stacked on another one. A port of a bridge or bond may be, but is then
