@@ -26,7 +26,8 @@ pub struct Packet {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Answer<'a> {
     pub way: Way,
-    /// The rule that decided. None when no rule did: nothing matched, or the socket's link alone settled it.
+    /// The rule that decided; any one of those that agree, if they have one priority. None when no rule did: nothing
+    /// matched, or the socket's link alone settled it.
     pub rule: Option<&'a Rule>,
     /// The route that decided.
     pub route: Option<&'a Route>,

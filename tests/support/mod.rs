@@ -17,6 +17,8 @@ use eniup::metadata::{self, Tree};
 use eniup::net::{Address, MacAddr, Observed};
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, fresh_machine, plan};
+use proptest::prelude::{ProptestConfig, Strategy};
+use proptest::test_runner::{TestCaseError, TestRunner};
 use serde::Deserialize;
 
 pub struct Scenario {
@@ -197,4 +199,17 @@ pub fn apply(observed: &mut Observed, plan: &Plan) {
             }
         }
     }
+}
+
+/// Runs a property on generated values; `PROPTEST_CASES` overrides how many.
+pub fn check<T: std::fmt::Debug>(
+    cases: u32,
+    values: impl Strategy<Value = T>,
+    mut property: impl FnMut(&T) -> Result<()>,
+) -> Result<()> {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(cases);
+    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 300, ..Default::default() };
+    let property = std::cell::RefCell::new(&mut property);
+    let run = |value: T| property.borrow_mut()(&value).map_err(|error| TestCaseError::fail(format!("{error:?}")));
+    TestRunner::new(config).run(&values, run).map_err(|error| anyhow::anyhow!("{error}"))
 }
