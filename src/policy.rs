@@ -14,7 +14,7 @@ pub const MARK: u8 = 176;
 /// amazon-ec2-net-utils), 10+n (Cilium), 100+n (cloud-init), from 30200 (nm-cloud-setup), 52 (Tailscale), 51820 (wg-quick).
 pub const TABLE_BASE: u32 = 20_000;
 
-/// Before all our source rules, after Tailscale's (5210..5270) and the CNIs' (10..1536).
+/// Before all our source rules, with room for 258 more before it (`priority_before_guard`), after Tailscale's (5210..5270) and the CNIs' (10..1536).
 pub const GUARD_PRIORITY: u32 = 19_900;
 
 /// Rules for whole subnets come after every exact rule, so that the longest match wins.
@@ -135,6 +135,13 @@ pub fn guard_rule(config: &Config, family: Family) -> Rule {
         suppress_group: Some(config.link_group),
         ..rule(config, family, config.guard_priority, MAIN_TABLE)
     }
+}
+
+/// What is taken out of the guard rule's hands comes before it, by the length of the route in `main` that it stands for:
+/// the longest match first, as in `main` itself; and of one length, rules for whole subnets after all others.
+pub fn priority_before_guard(config: &Config, route: &IpNet, is_for_subnet: bool) -> u32 {
+    let place = 2 * u32::from(route.prefix_len()) + if is_for_subnet { 1 } else { 2 };
+    config.guard_priority.saturating_sub(place)
 }
 
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.

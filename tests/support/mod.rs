@@ -14,9 +14,10 @@ use eniup::config::Config;
 use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::metadata::{self, Tree};
-use eniup::net::{Address, MacAddr, Observed};
+use eniup::net::{Address, MacAddr, Observed, Route, RouteKind};
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, fresh_machine, plan};
+use eniup::policy;
 use proptest::prelude::{ProptestConfig, Strategy};
 use proptest::test_runner::{TestCaseError, TestRunner};
 use serde::Deserialize;
@@ -44,6 +45,10 @@ pub struct Machine {
     pub no_ipv6: Vec<MacAddr>,
     pub group: BTreeMap<MacAddr, u32>,
     pub mtu: BTreeMap<MacAddr, u32>,
+    /// Another manager's routes in `main` by the ENI's link.
+    pub main: BTreeMap<MacAddr, Vec<ipnet::IpNet>>,
+    /// Networks of containers: routes in `main` by a bridge.
+    pub bridge: Vec<ipnet::IpNet>,
 }
 
 pub fn read_attached(path: &Path) -> Result<Attached> {
@@ -148,6 +153,23 @@ impl Scenario {
         for (mac, group) in &machine.group {
             link(observed, *mac).group = *group;
         }
+        for (mac, nets) in &machine.main {
+            let index = link(observed, *mac).index;
+            observed.routes.extend(nets.iter().map(|net| (Some(index), foreign_route(*net))));
+        }
+        observed.routes.extend(machine.bridge.iter().map(|net| (Some(95), foreign_route(*net))));
+    }
+}
+
+fn foreign_route(destination: ipnet::IpNet) -> Route {
+    Route {
+        destination,
+        kind: RouteKind::Unicast,
+        gateway: None,
+        is_onlink: false,
+        table: policy::MAIN_TABLE,
+        metric: 100,
+        protocol: policy::KERNEL_PROTOCOL,
     }
 }
 
