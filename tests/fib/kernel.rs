@@ -1,11 +1,12 @@
 //! What the kernel says of a packet: `RTM_GETROUTE`, many at a time on one socket, and for what that cannot ask a real
 //! socket. And a machine of a test's own to ask.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use eniup::fib::Packet;
@@ -50,10 +51,24 @@ pub fn ip(lines: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// What eniup sees.
+/// What eniup sees, once the kernel is done: it makes IPv6's local routes a moment after the addresses.
 pub fn observe() -> Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async { eniup::netlink::Netlink::open()?.observe().await })
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let observed = runtime.block_on(async { eniup::netlink::Netlink::open()?.observe().await })?;
+        let local: BTreeSet<IpNet> = observed
+            .routes
+            .iter()
+            .filter(|(_, route)| route.table == 255)
+            .map(|(_, route)| route.destination)
+            .collect();
+        if observed.addresses.iter().all(|(_, address)| local.contains(&address.net.addr().into())) {
+            return Ok(observed);
+        }
+        ensure!(Instant::now() < deadline, "addresses without their local routes: {:#?}", observed.addresses);
+        std::thread::yield_now();
+    }
 }
 
 /// The kernel's answer to one question.

@@ -5,3 +5,5 @@ mod support;
 
 mod kernel;
 mod model;
+mod promise;
+mod vpc;

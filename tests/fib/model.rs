@@ -1,6 +1,6 @@
 //! The model answers like the kernel, for machines with links, addresses, routes and rules of all kinds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
@@ -221,10 +221,8 @@ impl Machine {
         lines.push(format!("addr add {}/128 dev eth1 nodad noprefixroute preferred_lft 0", SOURCES[1][4]));
         let routes: BTreeMap<_, _> = self.routes.iter().rev().map(|route| (route.key(), route)).collect();
         lines.extend(routes.values().map(|route| route.line()));
-        let rules: BTreeMap<String, &Rule> = self.rules.iter().map(|rule| (rule.line(), rule)).collect();
-        // In the order of generation, so that the kernel's order within a priority is not the set's.
-        let mut left = rules;
-        lines.extend(self.rules.iter().filter_map(|rule| left.remove(&rule.line()).map(Rule::line)));
+        let mut seen = BTreeSet::new();
+        lines.extend(self.rules.iter().filter(|rule| seen.insert(rule.key())).map(Rule::line));
         lines
     }
 
@@ -269,6 +267,11 @@ impl Route {
 }
 
 impl Rule {
+    /// The kernel takes a rule without `from`, `to` or `not` for the same as one that has them and is as this one else.
+    fn key(&self) -> String {
+        Rule { from: None, to: None, is_inverted: false, ..self.clone() }.line()
+    }
+
     fn line(&self) -> String {
         let mut line = format!("-{} rule add", [4, 6][self.family]);
         if self.is_inverted {
