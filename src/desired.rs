@@ -143,6 +143,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         let reason = format!("{} fails closed: without its link its traffic goes nowhere", eni.id);
         routes.push(wanted(policy::unreachable_default(config, table, family), reason));
         routes.extend(table_routes(eni, family, table, config));
+        routes.extend(link_local_route(eni, family, table, config));
         if is_first_of_missing_family(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
@@ -192,6 +193,19 @@ fn table_routes(eni: &Eni, family: Family, table: u32, config: &Config) -> Vec<W
         routes.push(wanted(route, format!("VPC router of {}", eni.id)));
     }
     routes
+}
+
+/// A socket that talks to a neighbour's link-local address is bound to the link, so the rule for bound sockets sends it
+/// to the ENI's table, and the guard rule passes over `main`'s route by this link: without its own it would go by the
+/// VPC router.
+fn link_local_route(eni: &Eni, family: Family, table: u32, config: &Config) -> Option<Wanted<Route>> {
+    match family {
+        Family::V4 => None,
+        Family::V6 => {
+            let route = policy::route(config, policy::IPV6_LINK_LOCAL, None, table, family);
+            Some(wanted(route, format!("neighbours of {}", eni.id)))
+        }
+    }
 }
 
 /// Without a default of its own, a family that only a secondary ENI has could not be used by unbound traffic at all.

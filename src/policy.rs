@@ -1,6 +1,8 @@
 //! Every number and every choice that could have been otherwise, with its reason; and who owns what.
 
-use ipnet::IpNet;
+use std::net::Ipv6Addr;
+
+use ipnet::{IpNet, Ipv6Net};
 
 use crate::config::Config;
 use crate::eni::Slot;
@@ -29,6 +31,9 @@ pub const GUARD_PREFIX_LENGTH: u32 = 7;
 
 /// The table that unbound traffic uses: `RT_TABLE_MAIN`.
 pub const MAIN_TABLE: u32 = 254;
+
+/// What the kernel has in `main` for every link with IPv6.
+pub const IPV6_LINK_LOCAL: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64));
 
 /// The kernel gives an IPv6 route that names no metric 1024; said outright so that both families read back as written.
 pub const IPV6_METRIC: u32 = 1024;

@@ -73,6 +73,17 @@ fn is_in_a_secondarys_subnet(attached: &Attached, to: &Destination) -> bool {
     subnets.any(|subnet| subnet.contains(&to.address))
 }
 
+/// A socket bound to a link talks to its neighbours' link-local addresses straight, as it would without eniup.
+fn neighbours_stay_neighbours(attached: &Attached, observed: &Observed) -> Result<()> {
+    for (mac, _) in attached.ready.iter().filter(|(_, eni)| eni.has_family(Family::V6)) {
+        let link = link_of(observed, *mac);
+        let packet = Packet { output: Some(link), ..local(None, "fe80::99".parse()?) };
+        let answer = lookup(observed, &packet);
+        ensure!(answer.way == Way::Out { link, gateway: None }, "{packet:?}: {answer:#?}");
+    }
+    Ok(())
+}
+
 /// Everything that uses no address of a secondary ENI goes as it went, but for two things that are meant:
 /// - what looks for a default of a family that the primary has not, and that `main` had none for, finds the one by the
 ///   first secondary ENI that has it;
@@ -144,6 +155,7 @@ fn a_packet_leaves_by_the_eni_of_its_source_and_nothing_else_changes() {
             reconcile(&attached, &mut observed, &config)?;
             keeps_its_promise(&attached, &observed, &host.destinations)?;
             keeps_the_primarys_replies_symmetric(&attached, &observed, &host.destinations)?;
+            neighbours_stay_neighbours(&attached, &observed)?;
             changes_nothing_else(&attached, &host.observed, &observed, &host.destinations, &config)?;
         }
         Ok(())

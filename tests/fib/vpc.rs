@@ -293,6 +293,9 @@ impl Host {
             let link = self.link_mut(*mac).index;
             let metric = 100 + n as u32;
             let router = eni.router(family);
+            if family == Family::V6 {
+                self.route(link, "fe80::/64", None, policy::MAIN_TABLE, 256);
+            }
             if n == 0 || others.is_connected[n] {
                 let subnet = eni.subnets(family)[0].to_string();
                 self.route(link, &subnet, None, policy::MAIN_TABLE, metric);
