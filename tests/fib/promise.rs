@@ -7,9 +7,12 @@ use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::fib::{Packet, Refusal, Way, lookup};
 use eniup::net::{Family, HasFamily, Observed, Route};
+use eniup::netlink::Netlink;
 use eniup::plan::plan;
 use eniup::policy;
 
+use crate::kernel::{ip, observe, on_a_machine};
+use crate::model::{Count, be_a_router, compare};
 use crate::support::{apply, check};
 use crate::vpc::{BRIDGE, Destination, Elsewhere, Host, TUNNEL, link_of, local, others, sources, vpc};
 
@@ -186,4 +189,62 @@ fn both_forms_of_rules_send_every_address_the_same_way() {
         Ok(())
     })
     .unwrap();
+}
+
+/// The same on the kernel: what eniup makes of a machine is asked about packet by packet.
+#[test]
+fn the_kernel_keeps_the_promise_with_both_forms_of_rules() {
+    vpc_lab::inside(|| {
+        let mut count = Count::default();
+        check(12, (vpc(), others()), |(vpc, others)| {
+            let attached = vpc.attached(0);
+            let host = Host::new(vpc, others);
+            for rules in [Rules::Aggregated, Rules::PerAddress] {
+                let config = Config { rules, ..Config::default() };
+                on_a_machine(|| {
+                    be_a_router()?;
+                    ip(&host.lines(&attached))?;
+                    reconcile_the_kernel(&attached, &config)?;
+                    let observed = observe()?;
+                    keeps_its_promise(&attached, &observed, &host.destinations)?;
+                    keeps_the_primarys_replies_symmetric(&attached, &observed, &host.destinations)?;
+                    let packets = host.destinations.iter().flat_map(|to| all_packets(&attached, &observed, to));
+                    compare(&observed, &packets.collect::<Vec<_>>(), &mut count)
+                })?;
+            }
+            Ok(())
+        })?;
+        eprintln!("{count:?}");
+        ensure!(count.compared > 5_000 && count.unknown == 0, "{count:?}");
+        Ok(())
+    });
+}
+
+fn reconcile_the_kernel(attached: &Attached, config: &Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut netlink = Netlink::open()?;
+        let desired = desired(attached, config);
+        let first = plan(&desired, &netlink.observe().await?, attached.primary, config);
+        netlink.apply(&first.steps).await?;
+        let second = plan(&desired, &netlink.observe().await?, attached.primary, config);
+        ensure!(second.steps.is_empty(), "left to do: {:#?}", second.steps);
+        Ok(())
+    })
+}
+
+/// From every ENI's address and delegated prefix, and what has nothing to do with them.
+fn all_packets(attached: &Attached, observed: &Observed, to: &Destination) -> Vec<Packet> {
+    let family = to.address.family();
+    let own = attached.ready.values().flat_map(|eni| sources(eni, family)).map(|(source, is_delegated)| Packet {
+        input: is_delegated.then_some(BRIDGE),
+        ..local(Some(source), to.address)
+    });
+    // The kernel makes no IPv4 packet with a source that is not its own.
+    let is_made = |packet: &Packet| {
+        let source = packet.source.filter(|source| packet.input.is_none() && source.is_ipv4());
+        source.is_none_or(|source| observed.addresses.iter().any(|(_, address)| address.net.addr() == source))
+    };
+    let others = unconcerned(attached, observed, to).into_iter().map(|(packet, _)| packet);
+    own.chain(others).filter(is_made).collect()
 }

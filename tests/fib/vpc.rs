@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use eniup::eni::{Attached, Eni, Slot};
 use eniup::fib::Packet;
 use eniup::net::{Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use eniup::operation::{LinkRef, Operation};
 use eniup::plan::fresh_machine;
 use eniup::policy;
 use ipnet::IpNet;
@@ -203,6 +204,9 @@ impl Host {
     pub fn new(vpc: &Vpc, others: &Others) -> Host {
         let attached = vpc.attached(0);
         let mut host = Host { observed: fresh_machine(&attached), destinations: Vec::new() };
+        // Room for the links that some kernels put into every namespace.
+        let links = std::mem::take(&mut host.observed.links).into_values().map(|link| (link.index + 20, link));
+        host.observed.links = links.map(|(index, link)| (index, Link { index, ..link })).collect();
         host.software_links();
         host.kernel_rules();
         for family in Family::BOTH {
@@ -261,7 +265,7 @@ impl Host {
             destination: net(destination),
             kind: RouteKind::Unicast,
             gateway,
-            is_onlink: false,
+            is_onlink: gateway.is_some_and(|gateway| gateway.is_ipv4()),
             table,
             metric,
             protocol: 4,
@@ -294,7 +298,7 @@ impl Host {
             let metric = 100 + n as u32;
             let router = eni.router(family);
             if family == Family::V6 {
-                self.route(link, "fe80::/64", None, policy::MAIN_TABLE, 256);
+                self.route(link, "fe80::/64", None, policy::MAIN_TABLE, 256 + n as u32);
             }
             if n == 0 || others.is_connected[n] {
                 let subnet = eni.subnets(family)[0].to_string();
@@ -368,6 +372,45 @@ impl Host {
         }
         let unreachable = others.has_unreachable.then_some(Elsewhere::Unreachable);
         self.destination(pick("198.18.0.9", "2001:db8:dead::9"), unreachable);
+    }
+}
+
+impl Host {
+    /// Arguments of ip(8) that make this machine of an empty one. Every link but loopback is a veth.
+    pub fn lines(&self, attached: &Attached) -> Vec<String> {
+        let mut lines = Vec::new();
+        for link in self.observed.links.values().filter(|link| link.index != LOOPBACK) {
+            let Link { index, name, mac, group, .. } = link;
+            let address = mac.map(|mac| format!("address {mac}")).unwrap_or_default();
+            let peer = format!("peer{index}");
+            lines.push(format!(
+                "link add {name} index {index} {address} type veth peer name {peer} index {}",
+                index + 100
+            ));
+            lines.push(format!("link set {peer} addrgenmode none up"));
+            lines.push(format!("link set {name} addrgenmode none group {group} up"));
+        }
+        let primary = &self.observed.links[&link_of(&self.observed, attached.primary)].name;
+        // By DHCP.
+        for family in Family::BOTH {
+            let first = attached.primary_eni().and_then(|eni| eni.addresses(family).first().copied());
+            lines.extend(first.map(|first| match family {
+                Family::V4 => format!("addr add {first}/24 dev {primary} noprefixroute"),
+                Family::V6 => format!("addr add {first}/128 dev {primary} nodad noprefixroute"),
+            }));
+        }
+        let reference = |index: u32| LinkRef { index, name: self.observed.links[&index].name.clone() };
+        let routes = self
+            .observed
+            .routes
+            .iter()
+            .map(|(link, route)| Operation::AddRoute { link: link.map(reference), route: *route }.to_string());
+        // The kernel has its own rules already.
+        let is_there = |rule: &&Rule| ![0, 32_766, 32_767].contains(&rule.priority);
+        let rules = self.observed.rules.iter().filter(is_there);
+        let rules = rules.map(|rule| Operation::AddRule { rule: rule.clone() }.to_string());
+        lines.extend(routes.chain(rules).map(|line| line.trim_start_matches("ip ").to_string()));
+        lines
     }
 }
 
