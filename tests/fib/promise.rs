@@ -150,7 +150,7 @@ fn unconcerned(attached: &Attached, observed: &Observed, to: &Destination) -> Ve
 #[test]
 fn a_packet_leaves_by_the_eni_of_its_source_and_nothing_else_changes() {
     let config = Config::default();
-    check(40, (vpc(), others()), |(vpc, others)| {
+    check(60, (vpc(), others()), |(vpc, others)| {
         let host = Host::new(vpc, others);
         let mut observed = host.observed.clone();
         for time in [0, 1] {

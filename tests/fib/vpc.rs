@@ -77,8 +77,8 @@ pub fn vpc() -> impl Strategy<Value = Vpc> {
 pub fn others() -> impl Strategy<Value = Others> {
     let flags = |probability| prop::collection::vec(prop::bool::weighted(probability), 6);
     let defaults = prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 6);
-    let routes = (prop::option::weighted(0.3, 0..6usize), prop::option::weighted(0.3, 0..6usize));
-    (flags(0.2), flags(0.4), defaults, routes, any::<[bool; 6]>()).prop_map(
+    let routes = (prop::option::weighted(0.5, 0..6usize), prop::option::weighted(0.3, 0..6usize));
+    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 6]>()).prop_map(
         |(is_in_a_group, is_connected, has_default, (vpc_by, peer_by), flags)| {
             let [has_bridge, has_bridge_in_vpc, has_openvpn, has_wireguard, has_tailscale, has_unreachable] = flags;
             Others {
@@ -314,10 +314,11 @@ impl Host {
             } else {
                 ("2001:db8::/48", "2001:db8:aa::/48")
             };
-            if others.vpc_by == Some(n) {
+            let is_by = |chosen: Option<usize>| chosen.is_some_and(|chosen| chosen % attached.ready.len() == n);
+            if is_by(others.vpc_by) {
                 self.route(link, vpc, router, policy::MAIN_TABLE, metric);
             }
-            if others.peer_by == Some(n) {
+            if is_by(others.peer_by) {
                 self.route(link, peer, router, policy::MAIN_TABLE, metric);
             }
         }

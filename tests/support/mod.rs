@@ -230,7 +230,7 @@ pub fn check<T: std::fmt::Debug>(
     mut property: impl FnMut(&T) -> Result<()>,
 ) -> Result<()> {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(cases);
-    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 300, ..Default::default() };
+    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 100, ..Default::default() };
     let property = std::cell::RefCell::new(&mut property);
     let run = |value: T| property.borrow_mut()(&value).map_err(|error| TestCaseError::fail(format!("{error:?}")));
     TestRunner::new(config).run(&values, run).map_err(|error| anyhow::anyhow!("{error}"))
