@@ -15,6 +15,17 @@ pub struct Config {
     pub subnet_rule_offset: u32,
     /// Link group of attached ENIs.
     pub link_group: u32,
+    pub rules: Rules,
+}
+
+/// The form of the rules that send an ENI's traffic by that ENI. Both forms send every address the same way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Rules {
+    /// As few as can be, since every rule that does not match costs each look-up 10 ns.
+    #[default]
+    Aggregated,
+    /// One for each address, for those who want to read them.
+    PerAddress,
 }
 
 impl Default for Config {
@@ -25,6 +36,7 @@ impl Default for Config {
             guard_priority: policy::GUARD_PRIORITY,
             subnet_rule_offset: policy::SUBNET_RULE_OFFSET,
             link_group: policy::LINK_GROUP,
+            rules: Rules::default(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use crate::config::Config;
+use crate::config::{Config, Rules};
 use crate::cover::{cover, exact, of_family, overlap};
 use crate::eni::{Attached, Eni, show_source};
 use crate::net::{Address, Family, MacAddr, Route, Rule};
@@ -106,7 +106,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
             continue;
         }
         routes.extend(table_routes(eni, family, table, config));
-        for source in sources_of_rules(attached, attached.primary, eni, family) {
+        for source in sources_of_rules(attached, attached.primary, eni, family, config) {
             for subnet in &subnets {
                 let rule =
                     Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
@@ -143,6 +143,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         let reason = format!("{} fails closed: without its link its traffic goes nowhere", eni.id);
         routes.push(wanted(policy::unreachable_default(config, table, family), reason));
         routes.extend(table_routes(eni, family, table, config));
+        routes.extend(link_local_route(eni, family, table, config));
         if is_first_of_missing_family(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
@@ -194,6 +195,19 @@ fn table_routes(eni: &Eni, family: Family, table: u32, config: &Config) -> Vec<W
     routes
 }
 
+/// A socket that talks to a neighbour's link-local address is bound to the link, so the rule for bound sockets sends it
+/// to the ENI's table, and the guard rule passes over `main`'s route by this link: without its own it would go by the
+/// VPC router.
+fn link_local_route(eni: &Eni, family: Family, table: u32, config: &Config) -> Option<Wanted<Route>> {
+    match family {
+        Family::V4 => None,
+        Family::V6 => {
+            let route = policy::route(config, policy::IPV6_LINK_LOCAL, None, table, family);
+            Some(wanted(route, format!("neighbours of {}", eni.id)))
+        }
+    }
+}
+
 /// Without a default of its own, a family that only a secondary ENI has could not be used by unbound traffic at all.
 fn main_default(eni: &Eni, family: Family, config: &Config) -> Option<Wanted<Route>> {
     let route = Route {
@@ -215,7 +229,7 @@ fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family)
 fn source_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Rule>> {
     let table = policy::table(config, eni.slot);
     let mut rules = Vec::new();
-    for source in sources_of_rules(attached, mac, eni, family) {
+    for source in sources_of_rules(attached, mac, eni, family, config) {
         let priority = if source.is_subnet { table + config.subnet_rule_offset } else { table };
         let reason = format!("traffic from {} leaves by {}", show_source(&source.prefix), eni.id);
         rules.push(wanted(policy::source_rule(config, source.prefix, family, priority, table), reason));
@@ -235,13 +249,23 @@ struct SourceOfRule {
 }
 
 /// The prefixes that stand for an ENI's addresses in rules.
-fn sources_of_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family) -> Vec<SourceOfRule> {
+fn sources_of_rules(
+    attached: &Attached,
+    mac: MacAddr,
+    eni: &Eni,
+    family: Family,
+    config: &Config,
+) -> Vec<SourceOfRule> {
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
     let others = other_sources(attached, mac, family);
     let mut sources = Vec::new();
     for subnet in eni.subnets(family) {
         let inside: Vec<IpNet> = own.iter().filter(|source| subnet.contains(*source)).copied().collect();
         if inside.is_empty() {
+            continue;
+        }
+        if config.rules == Rules::PerAddress {
+            sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
         let prefixes = match &others {

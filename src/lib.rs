@@ -14,6 +14,7 @@ pub mod config;
 pub mod cover;
 pub mod desired;
 pub mod eni;
+pub mod fib;
 pub mod imds;
 pub mod ledger;
 pub mod lock;

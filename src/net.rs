@@ -213,6 +213,11 @@ pub struct Rule {
     pub iif: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oif: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
+    /// `ip rule add not …`: it matches what its selectors do not.
+    #[serde(default)]
+    pub is_inverted: bool,
     /// The table looked up; 0 for a rule that does something else.
     pub table: u32,
     /// Results with a prefix of this length or shorter are passed over.
@@ -222,9 +227,16 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suppress_group: Option<u32>,
     pub protocol: u8,
-    /// It has a part that this type does not hold (mark, ports, user ids, goto …); never one of ours.
+    /// It has a part that this type does not hold (ports, user ids, goto …); never one of ours.
     #[serde(default)]
     pub has_more: bool,
+}
+
+/// A rule's selector of packets by their firewall mark: those of which the bits in `mask` are as in `value`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Mark {
+    pub value: u32,
+    pub mask: u32,
 }
 
 /// What the kernel was seen to have: facts, whoever made them.

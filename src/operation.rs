@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::net::{Address, Family, HasFamily, Route, RouteKind, Rule};
+use crate::net::{Address, Family, HasFamily, Mark, Route, RouteKind, Rule};
 use crate::policy::MAIN_TABLE;
 
 /// A link as an operation needs it: the index to act on, the name to show (and, for sysctls, to act on).
@@ -208,9 +208,24 @@ struct RuleCommand<'a> {
 impl fmt::Display for RuleCommand<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Rule {
-            priority, family, from, to, iif, oif, table, suppress_prefix_length, suppress_group, protocol, ..
+            priority,
+            family,
+            from,
+            to,
+            iif,
+            oif,
+            mark,
+            is_inverted,
+            table,
+            suppress_prefix_length,
+            suppress_group,
+            protocol,
+            has_more: _,
         } = self.rule;
         write!(f, "ip {} rule {} priority {priority}", family_option(*family), self.verb)?;
+        if *is_inverted {
+            write!(f, " not")?;
+        }
         match from {
             Some(from) => write!(f, " from {from}")?,
             None => write!(f, " from all")?,
@@ -223,6 +238,9 @@ impl fmt::Display for RuleCommand<'_> {
         }
         if let Some(oif) = oif {
             write!(f, " oif {}", quoted(oif))?;
+        }
+        if let Some(Mark { value, mask }) = mark {
+            write!(f, " fwmark {value:#x}/{mask:#x}")?;
         }
         write!(f, " lookup {}", table_name(*table))?;
         if let Some(length) = suppress_prefix_length {

@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::desired::{Desired, DesiredEni, DesiredLink, Wanted};
@@ -120,6 +123,10 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
+    for (eni, rule) in before_guard(desired, observed, &placed, &keep.rules, config) {
+        keep.rules.insert(rule.object.clone());
+        plan.want_rule(eni, &rule, observed);
+    }
     let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
     plan.steps.extend(unwanted.steps(&keep));
     // Stable: within a phase each ENI's own order stays.
@@ -192,6 +199,85 @@ pub fn find_link(mac: MacAddr, observed: &Observed) -> Result<Option<&Link>, Tro
     }
 }
 
+/// The guard rule cannot tell that a link in a foreign group is an ENI's, and would send other ENIs' traffic by the
+/// routes in `main` by that link. So each such route gets rules before the guard, which send the other ENIs' traffic to
+/// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
+/// for itself before those.
+fn before_guard<'a>(
+    desired: &Desired,
+    observed: &Observed,
+    placed: &BTreeMap<MacAddr, (&'a DesiredEni, &Link)>,
+    kept: &BTreeSet<Rule>,
+    config: &Config,
+) -> Vec<(Option<&'a DesiredEni>, Wanted<Rule>)> {
+    if desired.rules.is_empty() {
+        return Vec::new();
+    }
+    let macs = desired.enis.keys().chain(&desired.pending);
+    let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
+    let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
+    let is_foreign = |link: &&Link| link.group != 0 && link.group != config.link_group;
+    let mut rules = Vec::new();
+    let routes = main_routes(observed);
+    for (index, route) in &routes {
+        let Some(link) = eni_link(index).filter(is_foreign) else { continue };
+        let destination = route.destination;
+        for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
+            let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
+            for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
+                let Some(to) = narrower(rule.to, destination) else { continue };
+                let is_for_subnet = rule.priority == eni.table + config.subnet_rule_offset;
+                let priority = policy::priority_before_guard(config, &destination, is_for_subnet);
+                let rule = Rule { to: Some(to), priority, ..rule.clone() };
+                let reason =
+                    format!("not by {}, which main has for {destination}: it stays in a foreign group", link.name);
+                rules.push((Some(*eni), Wanted { object: rule, reason }));
+            }
+        }
+        let inside = |inner: &Route| destination.contains(&inner.destination) && inner.destination != destination;
+        for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
+            let to = inner.destination;
+            let guard = policy::guard_rule(config, to.family());
+            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, false), ..guard };
+            let reason = format!("no ENI's, though inside {destination} by {}", link.name);
+            rules.push((None, Wanted { object: rule, reason }));
+        }
+    }
+    let mut seen = BTreeSet::new();
+    rules.retain(|(_, rule)| seen.insert(rule.object.clone()));
+    rules
+}
+
+/// The routes of `main` that the guard rule takes: of each destination the one with the lowest metric. Link-local ones
+/// are every link's, and a packet to them is bound to its link.
+fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
+    let is_link_local = |route: &Route| match route.destination.addr() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    let is_taken = |route: &Route| {
+        let length = u32::from(route.destination.prefix_len());
+        route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
+    };
+    let mut best: BTreeMap<IpNet, (Option<u32>, Route)> = BTreeMap::new();
+    for (index, route) in observed.routes.iter().filter(|(_, route)| is_taken(route)) {
+        let entry = best.entry(route.destination).or_insert((*index, *route));
+        if route.metric < entry.1.metric {
+            *entry = (*index, *route);
+        }
+    }
+    best.into_values().collect()
+}
+
+/// What two destinations have in common; no limit is everything.
+fn narrower(limit: Option<IpNet>, destination: IpNet) -> Option<IpNet> {
+    match limit {
+        Some(limit) if destination.contains(&limit) => Some(limit),
+        Some(limit) if !limit.contains(&destination) => None,
+        Some(_) | None => Some(destination),
+    }
+}
+
 fn reference(link: &Link) -> LinkRef {
     LinkRef { index: link.index, name: link.name.clone() }
 }
@@ -240,7 +326,7 @@ impl Plan {
         } else if link.group != config.link_group {
             let (name, group) = (&link.name, link.group);
             self.notes.push(format!(
-                "{name} ({whose}) is in link group {group} and stays there: a route in main by it goes before other ENIs' source rules"
+                "{name} ({whose}) is in link group {group} and stays there: each route in main by it needs rules of its own, kept as of each run"
             ));
         }
     }
@@ -398,9 +484,11 @@ impl Unwanted<'_> {
     }
 
     /// A ready ENI's source rules follow from its own addresses, which are known. Everything else (the guard, rules to
-    /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have.
+    /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have; but those before the guard
+    /// rule from what was observed in `main`.
     fn rule_may_go(&self, rule: &Rule) -> bool {
-        let is_own = rule.to.is_none() && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
+        let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority;
+        let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
         let is_proven = self.is_complete() || self.is_link_gone(rule.table);
         is_own || is_proven && !self.is_table_in_trouble(rule.table)
     }

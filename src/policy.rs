@@ -1,6 +1,8 @@
 //! Every number and every choice that could have been otherwise, with its reason; and who owns what.
 
-use ipnet::IpNet;
+use std::net::Ipv6Addr;
+
+use ipnet::{IpNet, Ipv6Net};
 
 use crate::config::Config;
 use crate::eni::Slot;
@@ -14,7 +16,7 @@ pub const MARK: u8 = 176;
 /// amazon-ec2-net-utils), 10+n (Cilium), 100+n (cloud-init), from 30200 (nm-cloud-setup), 52 (Tailscale), 51820 (wg-quick).
 pub const TABLE_BASE: u32 = 20_000;
 
-/// Before all our source rules, after Tailscale's (5210..5270) and the CNIs' (10..1536).
+/// Before all our source rules, with room for 258 more before it (`priority_before_guard`), after Tailscale's (5210..5270) and the CNIs' (10..1536).
 pub const GUARD_PRIORITY: u32 = 19_900;
 
 /// Rules for whole subnets come after every exact rule, so that the longest match wins.
@@ -29,6 +31,9 @@ pub const GUARD_PREFIX_LENGTH: u32 = 7;
 
 /// The table that unbound traffic uses: `RT_TABLE_MAIN`.
 pub const MAIN_TABLE: u32 = 254;
+
+/// What the kernel has in `main` for every link with IPv6.
+pub const IPV6_LINK_LOCAL: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64));
 
 /// The kernel gives an IPv6 route that names no metric 1024; said outright so that both families read back as written.
 pub const IPV6_METRIC: u32 = 1024;
@@ -111,6 +116,8 @@ pub fn rule(config: &Config, family: Family, priority: u32, table: u32) -> Rule 
         to: None,
         iif: None,
         oif: None,
+        mark: None,
+        is_inverted: false,
         table,
         suppress_prefix_length: None,
         suppress_group: None,
@@ -135,6 +142,13 @@ pub fn guard_rule(config: &Config, family: Family) -> Rule {
     }
 }
 
+/// What is taken out of the guard rule's hands comes before it, by the length of the route in `main` that it stands for:
+/// the longest match first, as in `main` itself; and of one length, rules for whole subnets after all others.
+pub fn priority_before_guard(config: &Config, route: &IpNet, is_for_subnet: bool) -> u32 {
+    let place = 2 * u32::from(route.prefix_len()) + if is_for_subnet { 1 } else { 2 };
+    config.guard_priority.saturating_sub(place)
+}
+
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.
 pub fn bound_rule(config: &Config, link_name: &str, family: Family, table: u32) -> Rule {
     Rule { oif: Some(link_name.into()), ..rule(config, family, table, table) }
@@ -150,8 +164,9 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
     route.protocol == config.mark && !matches!(route.kind, RouteKind::Other(_))
 }
 
+/// Our mark, and nothing of what our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
-    rule.protocol == config.mark && !rule.has_more
+    rule.protocol == config.mark && rule.mark.is_none() && !rule.is_inverted && !rule.has_more
 }
 
 /// Whether this link can be an ENI's own: not stacked on another one. A port of a bridge or bond may be, but is then

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 19] = [
+const FLOW: [&str; 20] = [
     "net",
     "eni",
     "config",
@@ -15,6 +15,7 @@ const FLOW: [&str; 19] = [
     "desired",
     "operation",
     "plan",
+    "fib",
     "ledger",
     "release",
     "report",
@@ -28,8 +29,8 @@ const FLOW: [&str; 19] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 11] =
-    ["net", "eni", "config", "policy", "metadata", "cover", "desired", "operation", "plan", "release", "status"];
+const PURE: [&str; 12] =
+    ["net", "eni", "config", "policy", "metadata", "cover", "desired", "operation", "plan", "fib", "release", "status"];
 
 /// Edges against the flow that are part of the drawing: `config`'s defaults are `policy`'s numbers.
 const BOTH_WAYS: [(&str, &str); 1] = [("config", "policy")];

@@ -11,12 +11,12 @@ use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE}
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage, Prop};
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteScope, RouteType};
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::socket::Request;
 use super::{Error, Netlink};
-use crate::net::{Address, Family, HasFamily, Route, RouteKind, Rule};
+use crate::net::{Address, Family, HasFamily, Mark, Route, RouteKind, Rule};
 use crate::operation::{LinkChange, LinkRef, Operation};
 use crate::plan::Step;
 
@@ -265,6 +265,8 @@ fn rule_message(rule: &Rule) -> RuleMessage {
         to,
         iif,
         oif,
+        mark,
+        is_inverted,
         table,
         suppress_prefix_length,
         suppress_group,
@@ -275,6 +277,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     message.header.family = kernel_family(*family);
     // Without an action the rule is installed dead.
     message.header.action = RuleAction::ToTable;
+    message.header.flags.set(RuleFlags::Invert, *is_inverted);
     if let Some(from) = from {
         message.header.src_len = from.prefix_len();
         message.attributes.push(RuleAttribute::Source(from.addr()));
@@ -289,6 +292,9 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     message.attributes.push(RuleAttribute::Protocol((*protocol).into()));
     message.attributes.extend(iif.clone().map(RuleAttribute::Iifname));
     message.attributes.extend(oif.clone().map(RuleAttribute::Oifname));
+    if let Some(Mark { value, mask }) = mark {
+        message.attributes.extend([RuleAttribute::FwMark(*value), RuleAttribute::FwMask(*mask)]);
+    }
     message.attributes.extend(suppress_prefix_length.map(RuleAttribute::SuppressPrefixLen));
     message.attributes.extend(suppress_group.map(RuleAttribute::SuppressIfGroup));
     message

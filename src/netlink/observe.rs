@@ -12,7 +12,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessa
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Error, Netlink};
-use crate::net::{Address, Family, Link, LinkIpv6, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::net::{Address, Family, Link, LinkIpv6, MacAddr, Mark, Observed, Route, RouteKind, Rule};
 
 /// `RTNL_FAMILY_IP6MR`-like families of rules are asked for by number; these two are all that matter here.
 const FAMILIES: [(Family, AddressFamily); 2] = [(Family::V4, AddressFamily::Inet), (Family::V6, AddressFamily::Inet6)];
@@ -218,12 +218,15 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
         to: None,
         iif: None,
         oif: None,
+        mark: None,
+        is_inverted: header.flags.contains(RuleFlags::Invert),
         table: u32::from(header.table),
         suppress_prefix_length: None,
         suppress_group: None,
         protocol: 0,
-        has_more: header.action != RuleAction::ToTable || header.tos != 0 || header.flags.contains(RuleFlags::Invert),
+        has_more: header.action != RuleAction::ToTable || header.tos != 0,
     };
+    let (mut mark, mut mask) = (0, 0);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
@@ -236,12 +239,15 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::SuppressPrefixLen(length) => rule.suppress_prefix_length = some_unless_minus_one(*length),
             RuleAttribute::SuppressIfGroup(group) => rule.suppress_group = some_unless_minus_one(*group),
             RuleAttribute::Protocol(protocol) => rule.protocol = (*protocol).into(),
-            // Padding and flow realms come with value 0 where none was given.
-            RuleAttribute::FwMark(0) | RuleAttribute::FwMask(0) | RuleAttribute::TunId(0) => {}
+            RuleAttribute::FwMark(value) => mark = *value,
+            RuleAttribute::FwMask(value) => mask = *value,
+            // It comes with value 0 where none was given.
+            RuleAttribute::TunId(0) => {}
             RuleAttribute::L3MDev(false) => {}
             _ => rule.has_more = true,
         }
     }
+    rule.mark = (mark != 0 || mask != 0).then_some(Mark { value: mark, mask });
     Some(rule)
 }
 

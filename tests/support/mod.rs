@@ -17,9 +17,12 @@ use eniup::config::Config;
 use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::metadata::{self, Tree};
-use eniup::net::{Address, MacAddr, Observed};
+use eniup::net::{Address, MacAddr, Observed, Route, RouteKind};
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, fresh_machine, plan};
+use eniup::policy;
+use proptest::prelude::{ProptestConfig, Strategy};
+use proptest::test_runner::{TestCaseError, TestRunner};
 use serde::Deserialize;
 
 pub struct Scenario {
@@ -45,6 +48,10 @@ pub struct Machine {
     pub no_ipv6: Vec<MacAddr>,
     pub group: BTreeMap<MacAddr, u32>,
     pub mtu: BTreeMap<MacAddr, u32>,
+    /// Another manager's routes in `main` by the ENI's link.
+    pub main: BTreeMap<MacAddr, Vec<ipnet::IpNet>>,
+    /// Networks of containers: routes in `main` by a bridge.
+    pub bridge: Vec<ipnet::IpNet>,
 }
 
 pub fn read_attached(path: &Path) -> Result<Attached> {
@@ -150,6 +157,23 @@ impl Scenario {
         for (mac, group) in &machine.group {
             link(observed, *mac).group = *group;
         }
+        for (mac, nets) in &machine.main {
+            let index = link(observed, *mac).index;
+            observed.routes.extend(nets.iter().map(|net| (Some(index), foreign_route(*net))));
+        }
+        observed.routes.extend(machine.bridge.iter().map(|net| (Some(95), foreign_route(*net))));
+    }
+}
+
+fn foreign_route(destination: ipnet::IpNet) -> Route {
+    Route {
+        destination,
+        kind: RouteKind::Unicast,
+        gateway: None,
+        is_onlink: false,
+        table: policy::MAIN_TABLE,
+        metric: 100,
+        protocol: policy::KERNEL_PROTOCOL,
     }
 }
 
@@ -212,4 +236,17 @@ pub fn apply(observed: &mut Observed, plan: &Plan) {
             }
         }
     }
+}
+
+/// Runs a property on generated values; `PROPTEST_CASES` overrides how many.
+pub fn check<T: std::fmt::Debug>(
+    cases: u32,
+    values: impl Strategy<Value = T>,
+    mut property: impl FnMut(&T) -> Result<()>,
+) -> Result<()> {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(cases);
+    let config = ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 100, ..Default::default() };
+    let property = std::cell::RefCell::new(&mut property);
+    let run = |value: T| property.borrow_mut()(&value).map_err(|error| TestCaseError::fail(format!("{error:?}")));
+    TestRunner::new(config).run(&values, run).map_err(|error| anyhow::anyhow!("{error}"))
 }

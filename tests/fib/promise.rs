@@ -1,0 +1,250 @@
+//! The promise as a property of the model: a packet whose source is an ENI's leaves by that ENI, and what does not use
+//! a secondary ENI's addresses goes as before.
+
+use anyhow::{Context, Result, ensure};
+use eniup::config::{Config, Rules};
+use eniup::desired::desired;
+use eniup::eni::Attached;
+use eniup::fib::{Packet, Refusal, Way, lookup};
+use eniup::net::{Family, HasFamily, Observed, Route};
+use eniup::netlink::Netlink;
+use eniup::plan::plan;
+use eniup::policy;
+
+use crate::kernel::{ip, observe, on_a_machine};
+use crate::model::{Count, be_a_router, compare};
+use crate::support::{apply, check};
+use crate::vpc::{BRIDGE, Destination, Elsewhere, Host, TUNNEL, link_of, local, others, sources, vpc};
+
+/// One run of eniup on the model; a second has nothing to do.
+fn reconcile(attached: &Attached, observed: &mut Observed, config: &Config) -> Result<()> {
+    let run = |observed: &Observed| plan(&desired(attached, config), observed, attached.primary, config);
+    let first = run(observed);
+    ensure!(first.troubles.is_empty(), "{:?}", first.troubles);
+    apply(observed, &first);
+    let second = run(observed);
+    ensure!(second.steps.is_empty(), "left to do: {:#?}", second.steps);
+    Ok(())
+}
+
+/// Packets from the ENIs' addresses (made here) and delegated prefixes (forwarded from a bridge) leave by that ENI,
+/// unless they are for a container, bridge or tunnel, or for what an administrator made unreachable.
+fn keeps_its_promise(attached: &Attached, observed: &Observed, destinations: &[Destination]) -> Result<()> {
+    for (mac, eni) in attached.ready.iter().filter(|(mac, _)| **mac != attached.primary) {
+        let own = link_of(observed, *mac);
+        for family in Family::BOTH {
+            for (source, is_delegated) in sources(eni, family) {
+                for to in destinations.iter().filter(|to| to.address.family() == family) {
+                    let input = is_delegated.then_some(BRIDGE);
+                    let packet = Packet { input, ..local(Some(source), to.address) };
+                    let answer = lookup(observed, &packet);
+                    let is_kept = match (to.elsewhere, answer.way) {
+                        (Some(Elsewhere::Link(other)), Way::Out { link, .. }) => link == other,
+                        (Some(Elsewhere::Unreachable), Way::Nowhere(Refusal::Unreachable)) => true,
+                        (None, Way::Out { link, .. }) => link == own,
+                        _ => false,
+                    };
+                    ensure!(is_kept, "{} (link {own}), {to:?}: {packet:?}: {answer:#?}", eni.id);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The primary's traffic to other ENIs' subnets leaves by the primary: the narrow rules.
+fn keeps_the_primarys_replies_symmetric(attached: &Attached, observed: &Observed, to: &[Destination]) -> Result<()> {
+    let own = link_of(observed, attached.primary);
+    let primary = attached.primary_eni().context("a primary")?;
+    for family in Family::BOTH {
+        for (source, _) in sources(primary, family).into_iter().filter(|(_, is_delegated)| !is_delegated) {
+            for to in to.iter().filter(|to| is_in_a_secondarys_subnet(attached, to)) {
+                if to.address.family() != family {
+                    continue;
+                }
+                let answer = lookup(observed, &local(Some(source), to.address));
+                ensure!(matches!(answer.way, Way::Out { link, .. } if link == own), "{source} → {to:?}: {answer:#?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_in_a_secondarys_subnet(attached: &Attached, to: &Destination) -> bool {
+    let secondaries = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
+    let mut subnets = secondaries.flat_map(|(_, eni)| eni.subnets(to.address.family()));
+    subnets.any(|subnet| subnet.contains(&to.address))
+}
+
+/// A socket bound to a link talks to its neighbours' link-local addresses straight, as it would without eniup.
+fn neighbours_stay_neighbours(attached: &Attached, observed: &Observed) -> Result<()> {
+    for (mac, _) in attached.ready.iter().filter(|(_, eni)| eni.has_family(Family::V6)) {
+        let link = link_of(observed, *mac);
+        let packet = Packet { output: Some(link), ..local(None, "fe80::99".parse()?) };
+        let answer = lookup(observed, &packet);
+        ensure!(answer.way == Way::Out { link, gateway: None }, "{packet:?}: {answer:#?}");
+    }
+    Ok(())
+}
+
+/// Everything that uses no address of a secondary ENI goes as it went, but for two things that are meant:
+/// - what looks for a default of a family that the primary has not, and that `main` had none for, finds the one by the
+///   first secondary ENI that has it;
+/// - the primary's addresses reach other ENIs' subnets by the primary.
+fn changes_nothing_else(
+    attached: &Attached,
+    before: &Observed,
+    after: &Observed,
+    destinations: &[Destination],
+    config: &Config,
+) -> Result<()> {
+    let primary = attached.primary_eni().context("a primary")?;
+    for to in destinations {
+        let family = to.address.family();
+        for (packet, is_primarys) in unconcerned(attached, before, to) {
+            if is_primarys && is_in_a_secondarys_subnet(attached, to) {
+                continue;
+            }
+            let (was, is) = (lookup(before, &packet), lookup(after, &packet));
+            let is_ours = |route: &Route| route.table == policy::MAIN_TABLE && policy::owns_route(config, route);
+            let is_given_a_default = primary.addresses(family).is_empty() && is.route.is_some_and(is_ours);
+            ensure!(was.way == is.way || is_given_a_default, "{packet:?}: was {was:#?}, is {is:#?}");
+        }
+    }
+    Ok(())
+}
+
+/// Packets to a destination that use no address of a secondary ENI; whether their source is the primary's.
+fn unconcerned(attached: &Attached, observed: &Observed, to: &Destination) -> Vec<(Packet, bool)> {
+    let family = to.address.family();
+    let unbound = local(None, to.address);
+    let mut packets = Vec::new();
+    for mark in [0, 51_820, 0x80000] {
+        packets.push((Packet { mark, ..unbound }, false));
+    }
+    let primarys_link = link_of(observed, attached.primary);
+    for output in [BRIDGE, TUNNEL, primarys_link] {
+        packets.push((Packet { output: Some(output), ..unbound }, false));
+    }
+    for (mac, eni) in &attached.ready {
+        for (source, is_delegated) in sources(eni, family) {
+            let is_primarys = *mac == attached.primary;
+            if is_primarys && !is_delegated {
+                packets.push((Packet { source: Some(source), ..unbound }, true));
+            }
+            // Forwarded by a NAT box or a firewall, whoever's address it is; but a delegated prefix is its ENI's.
+            if is_primarys || !is_delegated {
+                packets.push((Packet { source: Some(source), input: Some(primarys_link), ..unbound }, false));
+            }
+        }
+    }
+    let strangers = if family == Family::V4 { ["172.17.0.5", "198.51.100.7"] } else { ["fd00:17::5", "2a00::7"] };
+    for source in strangers {
+        let source = Some(source.parse().unwrap());
+        packets.extend([BRIDGE, primarys_link].map(|link| (Packet { source, input: Some(link), ..unbound }, false)));
+        packets.push((Packet { source, ..unbound }, false));
+    }
+    packets
+}
+
+#[test]
+fn a_packet_leaves_by_the_eni_of_its_source_and_nothing_else_changes() {
+    let config = Config::default();
+    check(60, (vpc(), others()), |(vpc, others)| {
+        let host = Host::new(vpc, others);
+        let mut observed = host.observed.clone();
+        for time in [0, 1] {
+            let attached = vpc.attached(time);
+            reconcile(&attached, &mut observed, &config)?;
+            keeps_its_promise(&attached, &observed, &host.destinations)?;
+            keeps_the_primarys_replies_symmetric(&attached, &observed, &host.destinations)?;
+            neighbours_stay_neighbours(&attached, &observed)?;
+            changes_nothing_else(&attached, &host.observed, &observed, &host.destinations, &config)?;
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn both_forms_of_rules_send_every_address_the_same_way() {
+    let per_address = Config { rules: Rules::PerAddress, ..Config::default() };
+    check(40, (vpc(), others()), |(vpc, others)| {
+        let attached = vpc.attached(0);
+        let host = Host::new(vpc, others);
+        let (mut few, mut many) = (host.observed.clone(), host.observed.clone());
+        reconcile(&attached, &mut few, &Config::default())?;
+        reconcile(&attached, &mut many, &per_address)?;
+        ensure!(few.rules.len() <= many.rules.len(), "{} rules are not few", few.rules.len());
+        keeps_its_promise(&attached, &many, &host.destinations)?;
+        for eni in attached.ready.values() {
+            for to in &host.destinations {
+                for (source, is_delegated) in sources(eni, to.address.family()) {
+                    let packet = Packet { input: is_delegated.then_some(BRIDGE), ..local(Some(source), to.address) };
+                    let (by_few, by_many) = (lookup(&few, &packet), lookup(&many, &packet));
+                    ensure!(by_few.way == by_many.way, "{packet:?}: {by_few:#?} or {by_many:#?}");
+                }
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// The same on the kernel: what eniup makes of a machine is asked about packet by packet.
+#[test]
+fn the_kernel_keeps_the_promise_with_both_forms_of_rules() {
+    vpc_lab::inside(|| {
+        let mut count = Count::default();
+        check(12, (vpc(), others()), |(vpc, others)| {
+            let attached = vpc.attached(0);
+            let host = Host::new(vpc, others);
+            for rules in [Rules::Aggregated, Rules::PerAddress] {
+                let config = Config { rules, ..Config::default() };
+                on_a_machine(|| {
+                    be_a_router()?;
+                    ip(&host.lines(&attached))?;
+                    reconcile_the_kernel(&attached, &config)?;
+                    let observed = observe()?;
+                    keeps_its_promise(&attached, &observed, &host.destinations)?;
+                    keeps_the_primarys_replies_symmetric(&attached, &observed, &host.destinations)?;
+                    let packets = host.destinations.iter().flat_map(|to| all_packets(&attached, &observed, to));
+                    compare(&observed, &packets.collect::<Vec<_>>(), &mut count)
+                })?;
+            }
+            Ok(())
+        })?;
+        eprintln!("{count:?}");
+        ensure!(count.compared > 5_000 && count.unknown == 0, "{count:?}");
+        Ok(())
+    });
+}
+
+fn reconcile_the_kernel(attached: &Attached, config: &Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut netlink = Netlink::open()?;
+        let desired = desired(attached, config);
+        let first = plan(&desired, &netlink.observe().await?, attached.primary, config);
+        netlink.apply(&first.steps).await?;
+        let second = plan(&desired, &netlink.observe().await?, attached.primary, config);
+        ensure!(second.steps.is_empty(), "left to do: {:#?}", second.steps);
+        Ok(())
+    })
+}
+
+/// From every ENI's address and delegated prefix, and what has nothing to do with them.
+fn all_packets(attached: &Attached, observed: &Observed, to: &Destination) -> Vec<Packet> {
+    let family = to.address.family();
+    let own = attached.ready.values().flat_map(|eni| sources(eni, family)).map(|(source, is_delegated)| Packet {
+        input: is_delegated.then_some(BRIDGE),
+        ..local(Some(source), to.address)
+    });
+    // The kernel makes no IPv4 packet with a source that is not its own.
+    let is_made = |packet: &Packet| {
+        let source = packet.source.filter(|source| packet.input.is_none() && source.is_ipv4());
+        source.is_none_or(|source| observed.addresses.iter().any(|(_, address)| address.net.addr() == source))
+    };
+    let others = unconcerned(attached, observed, to).into_iter().map(|(packet, _)| packet);
+    own.chain(others).filter(is_made).collect()
+}
