@@ -13,7 +13,7 @@ use tracing::level_filters::LevelFilter;
 use crate::config::Config;
 use crate::desired::desired;
 use crate::eni::Attached;
-use crate::imds::{self, Imds, Scope};
+use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::lock;
 use crate::metadata::{self, Tree};
 use crate::netlink::Netlink;
@@ -297,7 +297,8 @@ fn show_report(report: &Report) -> Result<Exit> {
 
 async fn show_status(endpoint: Option<&str>, deadline: Instant, config: &Config, is_json: bool) -> Result<Exit> {
     let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
+    let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
+    let tree = imds.snapshot(Scope::Details).await?;
     let attached = metadata::attached(&tree)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     let status = status(&tree, &attached, &observed, &plan, config);

@@ -50,7 +50,7 @@ pub const ASSOCIATIONS: &str = "ipv4-associations/";
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Answer {
     Present(String),
-    /// Not found, below a listing that was read and does not name it.
+    /// Not found; see [`Tree::get`] for what that means.
     Absent,
     /// It could not be read; says nothing of the value.
     Unknown(String),
@@ -81,23 +81,46 @@ impl Tree {
         self.answers.insert(path.into(), answer);
     }
 
-    /// Forgets everything below a directory, so that it can be read anew.
+    /// Every path that was asked for.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.answers.keys().map(String::as_str)
+    }
+
+    /// Forgets one answer, so that it can be asked for anew.
+    pub fn forget(&mut self, path: &str) {
+        self.answers.remove(path);
+    }
+
+    /// Forgets a directory and everything below it.
     pub fn forget_below(&mut self, directory: &str) {
         self.answers.retain(|path, _| !path.starts_with(directory));
     }
 
-    /// A path never asked for counts as absent only when the listing of its directory was read and does not name it.
+    /// Forgets what was read of ENIs that the list of interfaces does not name.
+    pub fn forget_unlisted(&mut self) {
+        let Some(Answer::Present(listing)) = self.answers.get(INTERFACES) else { return };
+        let directories: BTreeSet<String> = listed_macs(listing).0.into_iter().map(eni_directory).collect();
+        let of_eni =
+            |path: &str| Some(format!("{INTERFACES}{}", path.strip_prefix(INTERFACES)?.split_inclusive('/').next()?));
+        self.answers.retain(|path, _| of_eni(path).is_none_or(|directory| directories.contains(&directory)));
+    }
+
+    /// What is not found counts as absent only when the listing of its directory was read and does not name it: the service
+    /// lists keys before it has them. So does a path never asked for.
     pub fn get(&self, path: &str) -> Answer {
-        if let Some(answer) = self.answers.get(path) {
-            return answer.clone();
-        }
         let (directory, name) = split(path);
-        match self.answers.get(directory) {
-            Some(Answer::Present(listing)) if !lines(listing).any(|line| line == name) => Answer::Absent,
-            Some(Answer::Absent) => Answer::Absent,
-            Some(Answer::Present(_)) => Answer::Unknown("it is listed but was not read".into()),
-            Some(Answer::Unknown(why)) => Answer::Unknown(why.clone()),
-            None => Answer::Unknown("it was not asked for".into()),
+        match (self.answers.get(path), self.answers.get(directory)) {
+            (Some(answer @ (Answer::Present(_) | Answer::Unknown(_))), _) => answer.clone(),
+            // Nothing is above the top.
+            (Some(Answer::Absent), None) => Answer::Absent,
+            (_, Some(Answer::Present(listing))) if !lines(listing).any(|line| line == name) => Answer::Absent,
+            (_, Some(Answer::Absent)) => Answer::Absent,
+            (Some(Answer::Absent), Some(Answer::Present(_))) => {
+                Answer::Unknown("it is listed but not there yet".into())
+            }
+            (None, Some(Answer::Present(_))) => Answer::Unknown("it is listed but was not read".into()),
+            (_, Some(Answer::Unknown(why))) => Answer::Unknown(why.clone()),
+            (None, None) => Answer::Unknown("it was not asked for".into()),
         }
     }
 

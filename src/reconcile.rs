@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Config;
 use crate::desired::{Desired, desired};
 use crate::eni::Attached;
-use crate::imds::{Imds, Scope};
+use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger};
 use crate::lock;
 use crate::metadata;
@@ -57,11 +57,13 @@ impl std::error::Error for NotPermitted {}
 pub async fn reconcile(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let mut imds = Imds::connect(options.endpoint.as_deref(), options.deadline).await?;
+    let surroundings = Surroundings::of(&netlink.observe().await?);
+    let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
+    let mut tree = imds.snapshot(Scope::Routing).await?;
     let mut changes = 0;
     let mut pause = FIRST_PAUSE;
     loop {
-        let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+        let attached = metadata::attached(&tree)?;
         let desired = desired(&attached, &options.config);
         let mut report = converge(&mut netlink, &desired, attached.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
@@ -75,6 +77,7 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         }
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
+        tree = imds.ask_again(tree, &attached.unsettled(), Scope::Routing).await?;
     }
 }
 
@@ -208,9 +211,11 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 /// # Errors
 /// No metadata or no netlink.
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
-    let mut imds = Imds::connect(endpoint, deadline).await?;
+    let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    let surroundings = Surroundings::of(&netlink.observe().await?);
+    let mut imds = Imds::connect(endpoint, &surroundings, deadline).await?;
     let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let observed = netlink.observe().await?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }
