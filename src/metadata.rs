@@ -529,3 +529,53 @@ pub fn details(tree: &Tree, mac: MacAddr) -> Details {
         associations,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn not_found_is_absent_only_below_a_listing_that_does_not_name_it() {
+        let answer = |listing: Option<Answer>| {
+            let mut tree = Tree::default();
+            tree.insert("a/key", Answer::Absent);
+            listing.into_iter().for_each(|listing| tree.insert("a/", listing));
+            tree.get("a/key")
+        };
+        assert_eq!(answer(Some(Answer::Present("other\nkey/".into()))), Answer::Absent);
+        assert_eq!(answer(Some(Answer::Absent)), Answer::Absent);
+        assert!(matches!(answer(Some(Answer::Present("other\nkey".into()))), Answer::Unknown(_)));
+        assert_eq!(answer(Some(Answer::Unknown("500".into()))), Answer::Unknown("500".into()));
+        assert_eq!(answer(None), Answer::Absent);
+    }
+
+    #[test]
+    fn a_path_never_asked_for_is_absent_only_below_a_listing_that_does_not_name_it() {
+        let mut tree = Tree::default();
+        assert!(matches!(tree.get("a/key"), Answer::Unknown(_)));
+        tree.insert("a/", Answer::Present("key".into()));
+        assert!(matches!(tree.get("a/key"), Answer::Unknown(_)));
+        assert_eq!(tree.get("a/other"), Answer::Absent);
+    }
+
+    #[test]
+    fn what_is_not_listed_is_forgotten_and_nothing_else() {
+        let mac = |n: u8| MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap();
+        let mut tree = Tree::default();
+        let paths = |tree: &Tree| tree.paths().map(String::from).collect::<Vec<_>>();
+        tree.insert(PRIMARY_MAC, Answer::Present(mac(1).to_string()));
+        for n in 1..=2 {
+            tree.insert(eni_directory(mac(n)), Answer::Present("ipv6s".into()));
+            tree.insert(format!("{}ipv6s", eni_directory(mac(n))), Answer::Absent);
+        }
+        let all = paths(&tree);
+        tree.forget_unlisted();
+        assert_eq!(paths(&tree), all, "without a list nothing is known to be gone");
+        // Some imitations leave out the slash.
+        tree.insert(INTERFACES, Answer::Present(mac(1).to_string()));
+        tree.forget_unlisted();
+        let expected =
+            [PRIMARY_MAC.into(), INTERFACES.into(), eni_directory(mac(1)), format!("{}ipv6s", eni_directory(mac(1)))];
+        assert_eq!(paths(&tree), expected);
+    }
+}

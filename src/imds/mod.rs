@@ -31,6 +31,9 @@ pub const ENDPOINTS: [&str; 2] = ["http://169.254.169.254", "http://[fd00:ec2::2
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// How long links are tried before it is the plain way's turn again: at boot it may be open by then.
+const LINKS_TIME: Duration = Duration::from_secs(2);
+
 /// A single key is asked for this often; then it is unknown, and its ENI waits.
 const KEY_ATTEMPTS: u32 = 4;
 
@@ -154,17 +157,14 @@ impl Imds {
                 }
                 Err(failures) => failures,
             };
-            if last.is_nobody_there && !surroundings.links.is_empty() {
-                let mut bound = Vec::new();
-                for (_, link) in &surroundings.links {
-                    bound.extend(way::ways(&endpoints, Some(link))?);
-                }
-                match way::race(&bound, &pace, deadline).await? {
+            if last.is_nobody_there {
+                let until = deadline.min(Instant::now() + LINKS_TIME);
+                match way::race(&way::ways_by_links(&endpoints, surroundings)?, &pace, until).await? {
                     Ok((way, token)) => {
                         tracing::info!("instance metadata is reached at {} ({})", way.shown(), last.shown);
                         return Ok(Imds::new(way, token, surroundings, pace, deadline));
                     }
-                    Err(failures) => last.shown += &format!("; {}", failures.shown),
+                    Err(failures) => last.append(&failures),
                 }
             }
             if pauses.is_first() {

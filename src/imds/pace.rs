@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 
 /// Packets sent to the service in any second, at most. 600 is the promise; the difference is for the handshakes of the
 /// kept connections and for the token.
-const PACKETS: u32 = 560;
+const PACKETS: u32 = 530;
 
 /// Sent for one request on a connection that is kept: the request, and an acknowledgement of the answer when no other
 /// request carries it.

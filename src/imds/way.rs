@@ -18,6 +18,9 @@ use crate::policy;
 /// How long a way is ahead of the next one, which is then tried beside it (as RFC 8305 has it for addresses).
 const HEAD_START: Duration = Duration::from_millis(200);
 
+/// Links by which the service is tried: most likely the primary's, and some in case that it is not.
+const MOST_LINKS: usize = 4;
+
 /// What the kernel tells of this machine before metadata does; facts for guesses, nothing is concluded from them.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Surroundings {
@@ -91,6 +94,15 @@ pub fn ways(endpoints: &[Url], link: Option<&str>) -> Result<Vec<Way>, Error> {
     Ok(endpoints.iter().map(way).collect())
 }
 
+/// The same by the first few links: every ENI's way leads to the same service.
+pub fn ways_by_links(endpoints: &[Url], surroundings: &Surroundings) -> Result<Vec<Way>, Error> {
+    let mut bound = Vec::new();
+    for (_, link) in surroundings.links.iter().take(MOST_LINKS) {
+        bound.extend(ways(endpoints, Some(link))?);
+    }
+    Ok(bound)
+}
+
 /// What became of a race without a winner.
 #[derive(Default)]
 pub struct Failures {
@@ -141,11 +153,21 @@ pub fn final_error<T>(attempt: &Attempt<T>, way: &Way) -> Option<Error> {
 impl Failures {
     fn add<T>(&mut self, way: &Way, attempt: Attempt<T>) {
         let is_prohibited = matches!(attempt, Attempt::Prohibited);
-        let is_nobody_there = is_prohibited || matches!(attempt, Attempt::NoWay(_));
         self.is_prohibited |= is_prohibited;
-        self.is_nobody_there &= is_nobody_there;
-        let separator = if self.shown.is_empty() { "" } else { "; " };
-        self.shown += &format!("{separator}{}: {}", way.shown(), attempt.shown());
+        self.is_nobody_there &= is_prohibited || matches!(attempt, Attempt::NoWay(_));
+        self.show(&format!("{}: {}", way.shown(), attempt.shown()));
+    }
+
+    /// Those of ways that were tried later.
+    pub fn append(&mut self, later: &Failures) {
+        self.show(&later.shown);
+    }
+
+    fn show(&mut self, failure: &str) {
+        if !self.shown.is_empty() && !failure.is_empty() {
+            self.shown += "; ";
+        }
+        self.shown += failure;
     }
 }
 
@@ -162,4 +184,81 @@ fn parse_endpoint(endpoint: &str) -> Result<Url, Error> {
         url.set_path(&format!("{}/", url.path()));
     }
     Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn surroundings(links: &str, addresses: &str, routes: &str) -> Surroundings {
+        let observed = format!(
+            r#"{{"links": {{{links}}}, "addresses": [{addresses}], "routes": [{routes}], "rules": [], "has_ipv6": true}}"#
+        );
+        Surroundings::of(&serde_json::from_str(&observed).unwrap())
+    }
+
+    fn link(index: u32, mac: u8, more: &str) -> String {
+        let mac = format!("02:00:00:00:00:{mac:02x}");
+        format!(
+            r#""{index}": {{"index": {index}, "name": "l{index}", "mac": "{mac}", "is_up": true, "mtu": 1500{more}}}"#
+        )
+    }
+
+    fn default_route(link: u32, table: u32, metric: u32) -> String {
+        format!(
+            r#"[{link}, {{"destination": "0.0.0.0/0", "kind": "unicast", "table": {table}, "metric": {metric}, "protocol": 16}}]"#
+        )
+    }
+
+    fn names(surroundings: &Surroundings) -> Vec<&str> {
+        surroundings.links.iter().map(|(_, name)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn the_link_of_the_default_route_comes_first() {
+        let links = [link(2, 2, ""), link(3, 3, ""), link(4, 4, "")].join(", ");
+        let routes = [default_route(3, 254, 200), default_route(4, 254, 100), default_route(2, 20_001, 0)].join(", ");
+        assert_eq!(names(&surroundings(&links, "", &routes)), ["l4", "l3", "l2"]);
+    }
+
+    #[test]
+    fn links_that_are_no_enis_are_left_out() {
+        let veth = r#", "kind": "veth""#;
+        let links = [
+            r#""1": {"index": 1, "name": "lo", "mac": "00:00:00:00:00:00", "is_up": true, "mtu": 65536}"#.to_string(),
+            link(2, 2, ""),
+            link(3, 3, veth),
+            link(4, 4, r#", "kind": "bridge""#),
+            link(5, 5, r#", "controller": 4"#),
+            link(6, 6, veth),
+            r#""7": {"index": 7, "name": "tun0", "kind": "tun", "is_up": true, "mtu": 1500}"#.to_string(),
+        ];
+        let routes = [default_route(6, 20_001, 0), default_route(7, 254, 0)].join(", ");
+        assert_eq!(names(&surroundings(&links.join(", "), "", &routes)), ["l2", "l6"]);
+    }
+
+    #[test]
+    fn loopback_is_no_ipv4() {
+        let address = |net: &str| {
+            format!(r#"[2, {{"net": "{net}", "is_deprecated": false, "has_prefix_route": true, "protocol": 0}}]"#)
+        };
+        let of = |net: &str| surroundings(&link(2, 2, ""), &address(net), "");
+        assert!(of("127.0.0.1/8").is_ipv6_only && of("fd99::10/64").is_ipv6_only);
+        assert!(!of("10.0.0.10/24").is_ipv6_only);
+    }
+
+    #[test]
+    fn a_given_endpoint_is_the_only_one_and_ipv6_comes_first_without_ipv4() {
+        let shown = |given, is_ipv6_only| {
+            let surroundings = Surroundings { is_ipv6_only, ..Surroundings::default() };
+            let endpoints = endpoints(given, &surroundings).unwrap();
+            endpoints.iter().map(Url::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(Some("http://127.0.0.1:8080"), true), ["http://127.0.0.1:8080/"]);
+        assert_eq!(shown(None, false), ["http://169.254.169.254/", "http://[fd00:ec2::254]/"]);
+        assert_eq!(shown(None, true), ["http://[fd00:ec2::254]/", "http://169.254.169.254/"]);
+        for bad in ["", "169.254.169.254", "https://169.254.169.254", "http://x/?a", "http://", "ftp://x"] {
+            assert!(matches!(endpoints(Some(bad), &Surroundings::default()), Err(Error::BadEndpoint { .. })), "{bad}");
+        }
+    }
 }

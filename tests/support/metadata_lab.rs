@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -194,4 +195,45 @@ pub fn packets(link: &str) -> Result<(u64, u64)> {
     let columns: Vec<u64> =
         line.context("no such link")?.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     Ok((columns[9], columns[1]))
+}
+
+/// The most packets that passed in any second.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Peak {
+    pub sent: u64,
+    pub both: u64,
+}
+
+/// Counts what passes by a link of this namespace while the work is done.
+pub fn watching<T>(link: &str, work: impl FnOnce() -> Result<T>) -> Result<(T, Peak)> {
+    let is_done = AtomicBool::new(false);
+    let watch = || {
+        let mut samples = Vec::new();
+        loop {
+            let is_last = is_done.load(Ordering::Relaxed);
+            samples.push((Instant::now(), packets(link)?));
+            if is_last {
+                return anyhow::Ok(peak(&samples));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    std::thread::scope(|scope| {
+        let watcher = scope.spawn(watch);
+        let result = work();
+        is_done.store(true, Ordering::Relaxed);
+        Ok((result?, watcher.join().expect("the watcher panicked")?))
+    })
+}
+
+fn peak(samples: &[(Instant, (u64, u64))]) -> Peak {
+    let mut peak = Peak::default();
+    for (n, (start, (sent, received))) in samples.iter().enumerate() {
+        let within = samples[n..].iter().take_while(|(time, _)| *time <= *start + Duration::from_secs(1));
+        if let Some((_, (last_sent, last_received))) = within.last() {
+            peak.sent = peak.sent.max(last_sent - sent);
+            peak.both = peak.both.max(last_sent - sent + last_received - received);
+        }
+    }
+    peak
 }
