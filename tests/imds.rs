@@ -43,7 +43,8 @@ fn each_path_is_asked_for_once_and_an_absent_key_not_at_all() -> Result<()> {
         ensure!(counters.gets_by_status.keys().eq([&200]), "{:?}", counters.gets_by_status);
         // The MAC and the list; of each ENI its listing and four keys.
         ensure!(counters.gets_by_path.len() == 2 + 4 * 5, "{:?}", counters.gets_by_path);
-        ensure!(counters.max_in_flight <= 8 && counters.connections <= 9, "{counters:?}");
+        // A connection that was begun when another became idle is kept as well, so there may be one or two more.
+        ensure!(counters.max_in_flight <= 8 && counters.connections <= 10, "{counters:?}");
     }
     Ok(())
 }
@@ -57,6 +58,44 @@ fn the_token_and_one_wave_are_all_round_trips_of_a_machine_with_one_ipv4_eni() -
     let tree = block_on(async { lab.connect_with(&all_links(&lab.view), 10.0).await?.snapshot(Scope::Routing).await })?;
     ensure!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
     ensure!(lab.unknown_keys(&tree)? == 0);
+    Ok(())
+}
+
+#[test]
+fn an_ipv6_only_machine_is_asked_for_no_ipv4_key() -> Result<()> {
+    let ipv6_only =
+        EniView { local_ipv4s: Vec::new(), subnet_ipv4_cidr: None, network_card: None, ..dual_stack_eni(0) };
+    let lab = Lab::new(vec![ipv6_only]);
+    let surroundings = Surroundings { is_ipv6_only: true, ..all_links(&lab.view) };
+    let tree = block_on(async { lab.connect_with(&surroundings, 10.0).await?.snapshot(Scope::Routing).await })?;
+    ensure!(lab.unknown_keys(&tree)? == 0);
+    let counters = lab.service.requests();
+    ensure!(counters.gets_by_status.iter().eq([(&200, &7)]), "{:?}", counters.gets_by_path);
+    Ok(())
+}
+
+#[test]
+fn details_are_read_only_where_they_are_wanted() -> Result<()> {
+    let association = ("198.51.100.7".parse()?, "10.0.1.10".parse()?);
+    let lab = Lab::new(vec![eni(0), EniView { associations: vec![association], ..eni(1) }]);
+    let read = |scope| block_on(async { lab.connect(10.0).await?.snapshot(scope).await });
+    let details = metadata::details(&read(Scope::Details)?, mac(1));
+    ensure!(details.associations.into_iter().eq([association]));
+    ensure!(details.security_groups == ["with a space"]);
+    lab.service.reset_counters();
+    read(Scope::Routing)?;
+    ensure!(lab.service.requests().gets_by_path.keys().all(|path| !path.contains("security")));
+    Ok(())
+}
+
+#[test]
+fn the_packet_limit_is_no_excuse_to_pass_the_deadline() -> Result<()> {
+    let lab = Lab::new((0..80).map(dual_stack_eni).collect());
+    lab.service.set_keep_alive(false);
+    let started = Instant::now();
+    let tree = block_on(lab.snapshot(2.5))?;
+    ensure!(started.elapsed() < Duration::from_millis(2_800), "{:?}", started.elapsed());
+    ensure!(lab.unknown_keys(&tree)? > 0, "the limit was not kept");
     Ok(())
 }
 
@@ -476,7 +515,8 @@ fn an_ipv6_only_machine_does_not_even_try_ipv4() {
         let network = Network::new()?.with_ipv6()?;
         // A route that leads nowhere, so that an attempt would show: as a packet.
         plug("hole", mac(9), || TcpListener::bind("[::]:1").context("keeping the namespace")).map(std::mem::forget)?;
-        ip("-6 addr flush dev hole")?;
+        // IPv6 speaks on a link by itself.
+        std::fs::write("/proc/sys/net/ipv6/conf/hole/disable_ipv6", "1")?;
         ip("route add 169.254.169.254/32 dev hole")?;
         let before = lab::packets("hole")?.0;
         let (tree, elapsed, tokens) = network.read();

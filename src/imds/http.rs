@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use reqwest::header::{CONNECTION, HeaderValue};
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, redirect};
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use super::pace::Pace;
@@ -110,6 +111,8 @@ pub async fn get(
 async fn send(request: RequestBuilder, pace: &Pace, deadline: Instant) -> Attempt<String> {
     let exchange = async {
         let _turn = pace.turn().await;
+        // The connection of the answer that has just been read gets a moment to become idle, or another would be opened.
+        yield_now().await;
         receive(request, pace).await
     };
     match timeout_at(deadline, exchange).await {
