@@ -13,7 +13,7 @@ use tracing::level_filters::LevelFilter;
 use crate::config::Config;
 use crate::desired::desired;
 use crate::eni::Attached;
-use crate::imds::{self, Imds, Scope};
+use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::lock;
 use crate::metadata::{self, Tree};
 use crate::plan::{Plan, fresh_machine, plan};
@@ -339,7 +339,8 @@ fn show_report(report: &Report) -> Result<Exit> {
 
 async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<Status> {
     let observed = reconcile::observe(config).await?;
-    let tree = Imds::connect(endpoint, deadline).await?.snapshot(Scope::Details).await?;
+    let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
+    let tree = imds.snapshot(Scope::Details).await?;
     let attached = metadata::attached(&tree)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok(status(&tree, &attached, &observed, &plan, config))

@@ -1,6 +1,6 @@
 //! EC2's words: what instance metadata says of the attached network interfaces, parsed and checked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -197,6 +197,15 @@ impl Attached {
     /// Whether the snapshot told all there is: only then does what it does not name not exist.
     pub fn is_complete(&self) -> bool {
         self.pending.is_empty() && self.disputes.is_empty() && self.malformed.is_empty()
+    }
+
+    /// The ENIs of which metadata may tell something else a moment later.
+    pub fn unsettled(&self) -> BTreeSet<MacAddr> {
+        let is_clash = |pending: &Pending| matches!(pending.reason, Reason::SourceTaken { .. });
+        let is_disputed = !self.disputes.is_empty() || self.pending.values().any(is_clash);
+        // The primary is never in dispute, but it may be the one whose addresses are out of date.
+        let primary = is_disputed.then_some(self.primary);
+        self.pending.keys().chain(self.disputes.keys()).copied().chain(primary).collect()
     }
 
     /// The ready ENI that is the primary.

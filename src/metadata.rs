@@ -50,7 +50,7 @@ pub const ASSOCIATIONS: &str = "ipv4-associations/";
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Answer {
     Present(String),
-    /// Not found, below a listing that was read and does not name it.
+    /// Not found; see [`Tree::get`] for what that means.
     Absent,
     /// It could not be read; says nothing of the value.
     Unknown(String),
@@ -88,23 +88,46 @@ impl Tree {
         self.answers.insert(path.into(), answer);
     }
 
-    /// Forgets everything below a directory, so that it can be read anew.
+    /// Every path that was asked for.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.answers.keys().map(String::as_str)
+    }
+
+    /// Forgets one answer, so that it can be asked for anew.
+    pub fn forget(&mut self, path: &str) {
+        self.answers.remove(path);
+    }
+
+    /// Forgets a directory and everything below it.
     pub fn forget_below(&mut self, directory: &str) {
         self.answers.retain(|path, _| !path.starts_with(directory));
     }
 
-    /// A path never asked for counts as absent only when the listing of its directory was read and does not name it.
+    /// Forgets what was read of ENIs that the list of interfaces does not name.
+    pub fn forget_unlisted(&mut self) {
+        let Some(Answer::Present(listing)) = self.answers.get(INTERFACES) else { return };
+        let directories: BTreeSet<String> = listed_macs(listing).0.into_iter().map(eni_directory).collect();
+        let of_eni =
+            |path: &str| Some(format!("{INTERFACES}{}", path.strip_prefix(INTERFACES)?.split_inclusive('/').next()?));
+        self.answers.retain(|path, _| of_eni(path).is_none_or(|directory| directories.contains(&directory)));
+    }
+
+    /// What is not found counts as absent only when the listing of its directory was read and does not name it: the service
+    /// lists keys before it has them. So does a path never asked for.
     pub fn get(&self, path: &str) -> Answer {
-        if let Some(answer) = self.answers.get(path) {
-            return answer.clone();
-        }
         let (directory, name) = split(path);
-        match self.answers.get(directory) {
-            Some(Answer::Present(listing)) if !lines(listing).any(|line| line == name) => Answer::Absent,
-            Some(Answer::Absent) => Answer::Absent,
-            Some(Answer::Present(_)) => Answer::Unknown("it is listed but was not read".into()),
-            Some(Answer::Unknown(why)) => Answer::Unknown(why.clone()),
-            None => Answer::Unknown("it was not asked for".into()),
+        match (self.answers.get(path), self.answers.get(directory)) {
+            (Some(answer @ (Answer::Present(_) | Answer::Unknown(_))), _) => answer.clone(),
+            // Nothing is above the top.
+            (Some(Answer::Absent), None) => Answer::Absent,
+            (_, Some(Answer::Present(listing))) if !lines(listing).any(|line| line == name) => Answer::Absent,
+            (_, Some(Answer::Absent)) => Answer::Absent,
+            (Some(Answer::Absent), Some(Answer::Present(_))) => {
+                Answer::Unknown("it is listed but not there yet".into())
+            }
+            (None, Some(Answer::Present(_))) => Answer::Unknown("it is listed but was not read".into()),
+            (_, Some(Answer::Unknown(why))) => Answer::Unknown(why.clone()),
+            (None, None) => Answer::Unknown("it was not asked for".into()),
         }
     }
 
@@ -556,5 +579,50 @@ mod tests {
         let text = r#"{"leaves": {"mac": "0A:FF:00:00:00:01", "network/interfaces/macs/0A:FF:00:00:00:01/interface-id": "eni-01"}}"#;
         let attached = attached(&Tree::from_json(text).unwrap()).unwrap();
         assert_eq!(attached.primary_eni().map(|eni| eni.id.as_str()), Some("eni-01"));
+    }
+
+    #[test]
+    fn not_found_is_absent_only_below_a_listing_that_does_not_name_it() {
+        let answer = |listing: Option<Answer>| {
+            let mut tree = Tree::default();
+            tree.insert("a/key", Answer::Absent);
+            listing.into_iter().for_each(|listing| tree.insert("a/", listing));
+            tree.get("a/key")
+        };
+        assert_eq!(answer(Some(Answer::Present("other\nkey/".into()))), Answer::Absent);
+        assert_eq!(answer(Some(Answer::Absent)), Answer::Absent);
+        assert!(matches!(answer(Some(Answer::Present("other\nkey".into()))), Answer::Unknown(_)));
+        assert_eq!(answer(Some(Answer::Unknown("500".into()))), Answer::Unknown("500".into()));
+        assert_eq!(answer(None), Answer::Absent);
+    }
+
+    #[test]
+    fn a_path_never_asked_for_is_absent_only_below_a_listing_that_does_not_name_it() {
+        let mut tree = Tree::default();
+        assert!(matches!(tree.get("a/key"), Answer::Unknown(_)));
+        tree.insert("a/", Answer::Present("key".into()));
+        assert!(matches!(tree.get("a/key"), Answer::Unknown(_)));
+        assert_eq!(tree.get("a/other"), Answer::Absent);
+    }
+
+    #[test]
+    fn what_is_not_listed_is_forgotten_and_nothing_else() {
+        let mac = |n: u8| MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap();
+        let mut tree = Tree::default();
+        let paths = |tree: &Tree| tree.paths().map(String::from).collect::<Vec<_>>();
+        tree.insert(PRIMARY_MAC, Answer::Present(mac(1).to_string()));
+        for n in 1..=2 {
+            tree.insert(eni_directory(mac(n)), Answer::Present("ipv6s".into()));
+            tree.insert(format!("{}ipv6s", eni_directory(mac(n))), Answer::Absent);
+        }
+        let all = paths(&tree);
+        tree.forget_unlisted();
+        assert_eq!(paths(&tree), all, "without a list nothing is known to be gone");
+        // Some imitations leave out the slash.
+        tree.insert(INTERFACES, Answer::Present(mac(1).to_string()));
+        tree.forget_unlisted();
+        let expected =
+            [PRIMARY_MAC.into(), INTERFACES.into(), eni_directory(mac(1)), format!("{}ipv6s", eni_directory(mac(1)))];
+        assert_eq!(paths(&tree), expected);
     }
 }

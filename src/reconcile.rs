@@ -9,10 +9,10 @@ use tokio::time::{Instant, sleep_until};
 use crate::config::Config;
 use crate::desired::{Desired, desired};
 use crate::eni::Attached;
-use crate::imds::{Imds, Scope};
+use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger};
 use crate::lock;
-use crate::metadata;
+use crate::metadata::{self, Tree};
 use crate::net::{MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
@@ -23,9 +23,9 @@ use crate::report::{Report, State, Trouble};
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
 
-/// Before a pending ENI is asked for again; doubled each time.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(4);
+/// Before a pending ENI is asked for again; half as long again each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// What a run needs from outside.
 pub struct Options {
@@ -57,19 +57,13 @@ impl std::error::Error for NotPermitted {}
 pub async fn reconcile(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let mut imds = Imds::connect(options.endpoint.as_deref(), options.deadline).await?;
+    let surroundings = Surroundings::of(&netlink.observe().await?);
+    let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
+    let mut tree = imds.snapshot(Scope::Routing).await?;
+    let mut attached = metadata::attached(&tree)?;
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let attached = match read(&mut imds).await {
-            Ok(attached) => attached,
-            // What was done before stays done, and what is pending stays pending; only waiting for it ends here.
-            Err(error) if pause > FIRST_PAUSE => {
-                tracing::warn!("no longer waiting: {error:#}");
-                return Ok(report);
-            }
-            Err(error) => return Err(error),
-        };
         let desired = desired(&attached, &options.config);
         let changes = report.changes;
         report = converge(&mut netlink, &desired, attached.primary, options).await?;
@@ -82,12 +76,23 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
             tracing::info!("waiting for {eni}: {}", trouble.why);
         }
         sleep_until(Instant::now() + pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+        (tree, attached) = match read_again(&mut imds, tree, &attached).await {
+            Ok(read) => read,
+            // What was done stays done, and what is pending stays pending; only waiting for it ends here.
+            Err(error) => {
+                tracing::warn!("no longer waiting: {error:#}");
+                return Ok(report);
+            }
+        };
     }
 }
 
-async fn read(imds: &mut Imds) -> Result<Attached> {
-    Ok(metadata::attached(&imds.snapshot(Scope::Routing).await?)?)
+/// The snapshot with what was not settled in it read anew.
+async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached) -> Result<(Tree, Attached)> {
+    let tree = imds.ask_again(tree, &attached.unsettled(), Scope::Routing).await?;
+    let attached = metadata::attached(&tree)?;
+    Ok((tree, attached))
 }
 
 /// Takes away everything that is ours. Metadata is not asked.
@@ -224,9 +229,9 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 /// # Errors
 /// No metadata or no netlink.
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
-    let mut imds = Imds::connect(endpoint, deadline).await?;
-    let attached = read(&mut imds).await?;
     let observed = observe(config).await?;
+    let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
+    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

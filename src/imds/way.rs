@@ -1,0 +1,264 @@
+//! How the service is reached: by which of its addresses, and by which link when the plain way leads nowhere (a VPN that
+//! took the default route).
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use reqwest::header::HeaderValue;
+use reqwest::{Client, Url};
+use tokio::time::{Instant, timeout};
+
+use super::http::{self, Attempt};
+use super::pace::Pace;
+use super::{ENDPOINTS, Error};
+use crate::net::{Family, HasFamily, MacAddr, Observed, RouteKind};
+use crate::policy;
+
+/// How long a way is ahead of the next one, which is then tried beside it (as RFC 8305 has it for addresses).
+const HEAD_START: Duration = Duration::from_millis(200);
+
+/// Links by which the service is tried: most likely the primary's, and some in case that it is not.
+const MOST_LINKS: usize = 4;
+
+/// What the kernel tells of this machine before metadata does; facts for guesses, nothing is concluded from them.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Surroundings {
+    /// Links that may be ENIs', the one that is most likely the primary's first.
+    pub links: Vec<(MacAddr, String)>,
+    /// No link has an IPv4 address, so metadata's IPv4 address cannot be reached.
+    pub is_ipv6_only: bool,
+}
+
+impl Surroundings {
+    /// A software device counts only where a default route leaves by it: a host of containers has hundreds of them.
+    pub fn of(observed: &Observed) -> Surroundings {
+        let default_metric = |index: u32, is_wanted_table: &dyn Fn(u32) -> bool| {
+            let routes = observed.routes.iter().filter(|(link, _)| *link == Some(index)).map(|(_, route)| route);
+            let defaults = routes.filter(|route| {
+                route.kind == RouteKind::Unicast && route.destination.prefix_len() == 0 && is_wanted_table(route.table)
+            });
+            defaults.map(|route| route.metric).min()
+        };
+        let mut links = Vec::new();
+        for link in observed.links.values() {
+            let Some(mac) = link.mac.filter(|mac| MacAddr::from_bytes(&[0; 6]) != Some(*mac)) else { continue };
+            let is_card = link.kind.is_none();
+            let may_be_eni = policy::can_be_eni(link) && link.controller.is_none();
+            if may_be_eni && (is_card || default_metric(link.index, &|_| true).is_some()) {
+                let metric = default_metric(link.index, &|table| table == policy::MAIN_TABLE);
+                links.push(((metric.is_none(), metric, link.index), (mac, link.name.clone())));
+            }
+        }
+        links.sort();
+        let mut addresses = observed.addresses.iter().map(|(_, address)| address.net);
+        let has_ipv4 = addresses.any(|net| net.family() == Family::V4 && !net.addr().is_loopback());
+        Surroundings { links: links.into_iter().map(|(_, link)| link).collect(), is_ipv6_only: !has_ipv4 }
+    }
+}
+
+/// The service's addresses in the order in which they are tried; a given one is the only one.
+pub fn endpoints(given: Option<&str>, surroundings: &Surroundings) -> Result<Vec<Url>, Error> {
+    if let Some(given) = given {
+        return Ok(vec![parse_endpoint(given)?]);
+    }
+    let mut endpoints = ENDPOINTS.map(parse_endpoint).into_iter().collect::<Result<Vec<Url>, Error>>()?;
+    if surroundings.is_ipv6_only {
+        endpoints.reverse();
+    }
+    Ok(endpoints)
+}
+
+/// One way to the service.
+#[derive(Clone)]
+pub struct Way {
+    pub client: Client,
+    pub endpoint: Url,
+    link: Option<String>,
+}
+
+impl Way {
+    pub fn shown(&self) -> String {
+        let endpoint = self.endpoint.as_str().trim_end_matches('/');
+        match &self.link {
+            Some(link) => format!("{endpoint} by {link}"),
+            None => endpoint.into(),
+        }
+    }
+}
+
+/// The ways that leave by this link, or as the routing table says: one for each endpoint, on one client.
+pub fn ways(endpoints: &[Url], link: Option<&str>) -> Result<Vec<Way>, Error> {
+    let client = http::client(link).map_err(|error| Error::NoClient { why: error.to_string() })?;
+    let way = |endpoint: &Url| Way { client: client.clone(), endpoint: endpoint.clone(), link: link.map(String::from) };
+    Ok(endpoints.iter().map(way).collect())
+}
+
+/// The same by the first few links: every ENI's way leads to the same service.
+pub fn ways_by_links(endpoints: &[Url], surroundings: &Surroundings) -> Result<Vec<Way>, Error> {
+    let mut bound = Vec::new();
+    for (_, link) in surroundings.links.iter().take(MOST_LINKS) {
+        bound.extend(ways(endpoints, Some(link))?);
+    }
+    Ok(bound)
+}
+
+/// What became of a race without a winner.
+#[derive(Default)]
+pub struct Failures {
+    /// What went wrong, way by way.
+    pub shown: String,
+    /// Not one answer of any sort: another way may be better.
+    pub is_nobody_there: bool,
+    /// The routing table forbids one of them.
+    pub is_prohibited: bool,
+}
+
+/// The first token, and the way that it came by. The ways start one after the other, without waiting long.
+///
+/// # Errors
+/// The first way was told that asking again is of no use; of the others that is only one failure more, since an endpoint
+/// may be off while another works.
+pub async fn race(ways: &[Way], pace: &Pace, deadline: Instant) -> Result<Result<(Way, HeaderValue), Failures>, Error> {
+    let mut waiting = ways.iter().enumerate();
+    let mut running = FuturesUnordered::new();
+    let mut failures = Failures { is_nobody_there: true, ..Failures::default() };
+    loop {
+        if let Some((n, way)) = waiting.next() {
+            running.push(async move { (n, way, http::token(&way.client, &way.endpoint, pace, deadline).await) });
+        }
+        let Ok(ended) = timeout(HEAD_START, running.next()).await else { continue };
+        match ended {
+            None => return Ok(Err(failures)),
+            Some((_, way, Attempt::Body(token))) => return Ok(Ok((way.clone(), token))),
+            Some((n, way, attempt)) => match final_error(&attempt, way) {
+                Some(error) if n == 0 => return Err(error),
+                _ => failures.add(way, attempt),
+            },
+        }
+    }
+}
+
+/// What an attempt means, if asking again is of no use.
+pub fn final_error<T>(attempt: &Attempt<T>, way: &Way) -> Option<Error> {
+    let endpoint = way.shown();
+    match attempt {
+        Attempt::Forbidden => Some(Error::Forbidden { endpoint }),
+        Attempt::Unauthorized => Some(Error::Unauthorized { endpoint }),
+        Attempt::Useless(what) => Some(Error::NotMetadata { endpoint, what: what.clone() }),
+        Attempt::Body(_) | Attempt::NotFound | Attempt::NoWay(_) | Attempt::Prohibited | Attempt::Passing(_) => None,
+    }
+}
+
+impl Failures {
+    fn add<T>(&mut self, way: &Way, attempt: Attempt<T>) {
+        let is_prohibited = matches!(attempt, Attempt::Prohibited);
+        self.is_prohibited |= is_prohibited;
+        self.is_nobody_there &= is_prohibited || matches!(attempt, Attempt::NoWay(_));
+        self.show(&format!("{}: {}", way.shown(), attempt.shown()));
+    }
+
+    /// Those of ways that were tried later.
+    pub fn append(&mut self, later: &Failures) {
+        self.show(&later.shown);
+    }
+
+    fn show(&mut self, failure: &str) {
+        if !self.shown.is_empty() && !failure.is_empty() {
+            self.shown += "; ";
+        }
+        self.shown += failure;
+    }
+}
+
+fn parse_endpoint(endpoint: &str) -> Result<Url, Error> {
+    let bad = |why: String| Error::BadEndpoint { endpoint: endpoint.into(), why };
+    let mut url = Url::parse(endpoint).map_err(|error| bad(error.to_string()))?;
+    if url.scheme() != "http" {
+        return Err(bad("it has to begin with http://".into()));
+    }
+    if url.host().is_none() || url.query().is_some() || url.fragment().is_some() {
+        return Err(bad("it has to be a host with an optional port".into()));
+    }
+    if !url.path().ends_with('/') {
+        url.set_path(&format!("{}/", url.path()));
+    }
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn surroundings(links: &str, addresses: &str, routes: &str) -> Surroundings {
+        let observed = format!(
+            r#"{{"links": {{{links}}}, "addresses": [{addresses}], "routes": [{routes}], "rules": [], "has_ipv6": true}}"#
+        );
+        Surroundings::of(&serde_json::from_str(&observed).unwrap())
+    }
+
+    fn link(index: u32, mac: u8, more: &str) -> String {
+        let mac = format!("02:00:00:00:00:{mac:02x}");
+        format!(
+            r#""{index}": {{"index": {index}, "name": "l{index}", "mac": "{mac}", "is_up": true, "mtu": 1500{more}}}"#
+        )
+    }
+
+    fn default_route(link: u32, table: u32, metric: u32) -> String {
+        format!(
+            r#"[{link}, {{"destination": "0.0.0.0/0", "kind": "unicast", "table": {table}, "metric": {metric}, "protocol": 16}}]"#
+        )
+    }
+
+    fn names(surroundings: &Surroundings) -> Vec<&str> {
+        surroundings.links.iter().map(|(_, name)| name.as_str()).collect()
+    }
+
+    #[test]
+    fn the_link_of_the_default_route_comes_first() {
+        let links = [link(2, 2, ""), link(3, 3, ""), link(4, 4, "")].join(", ");
+        let routes = [default_route(3, 254, 200), default_route(4, 254, 100), default_route(2, 20_001, 0)].join(", ");
+        assert_eq!(names(&surroundings(&links, "", &routes)), ["l4", "l3", "l2"]);
+    }
+
+    #[test]
+    fn links_that_are_no_enis_are_left_out() {
+        let veth = r#", "kind": "veth""#;
+        let links = [
+            r#""1": {"index": 1, "name": "lo", "mac": "00:00:00:00:00:00", "is_up": true, "mtu": 65536}"#.to_string(),
+            link(2, 2, ""),
+            link(3, 3, veth),
+            link(4, 4, r#", "kind": "bridge""#),
+            link(5, 5, r#", "controller": 4"#),
+            link(6, 6, veth),
+            r#""7": {"index": 7, "name": "tun0", "kind": "tun", "is_up": true, "mtu": 1500}"#.to_string(),
+        ];
+        let routes = [default_route(6, 20_001, 0), default_route(7, 254, 0)].join(", ");
+        assert_eq!(names(&surroundings(&links.join(", "), "", &routes)), ["l2", "l6"]);
+    }
+
+    #[test]
+    fn loopback_is_no_ipv4() {
+        let address = |net: &str| {
+            format!(r#"[2, {{"net": "{net}", "is_deprecated": false, "has_prefix_route": true, "protocol": 0}}]"#)
+        };
+        let of = |net: &str| surroundings(&link(2, 2, ""), &address(net), "");
+        assert!(of("127.0.0.1/8").is_ipv6_only && of("fd99::10/64").is_ipv6_only);
+        assert!(!of("10.0.0.10/24").is_ipv6_only);
+    }
+
+    #[test]
+    fn a_given_endpoint_is_the_only_one_and_ipv6_comes_first_without_ipv4() {
+        let shown = |given, is_ipv6_only| {
+            let surroundings = Surroundings { is_ipv6_only, ..Surroundings::default() };
+            let endpoints = endpoints(given, &surroundings).unwrap();
+            endpoints.iter().map(Url::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(Some("http://127.0.0.1:8080"), true), ["http://127.0.0.1:8080/"]);
+        assert_eq!(shown(None, false), ["http://169.254.169.254/", "http://[fd00:ec2::254]/"]);
+        assert_eq!(shown(None, true), ["http://[fd00:ec2::254]/", "http://169.254.169.254/"]);
+        for bad in ["", "169.254.169.254", "https://169.254.169.254", "http://x/?a", "http://", "ftp://x"] {
+            assert!(matches!(endpoints(Some(bad), &Surroundings::default()), Err(Error::BadEndpoint { .. })), "{bad}");
+        }
+    }
+}
