@@ -226,8 +226,8 @@ fn before_guard<'a>(
             let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
             for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
                 let Some(to) = narrower(rule.to, destination) else { continue };
-                let is_for_subnet = rule.priority == eni.table + config.subnet_rule_offset;
-                let priority = policy::priority_before_guard(config, &destination, is_for_subnet);
+                let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
+                let priority = policy::priority_before_guard(config, &destination, rank);
                 let rule = Rule { to: Some(to), priority, ..rule.clone() };
                 let reason =
                     format!("not by {}, which main has for {destination}: it stays in a foreign group", link.name);
@@ -238,7 +238,7 @@ fn before_guard<'a>(
         for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
             let to = inner.destination;
             let guard = policy::guard_rule(config, to.family());
-            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, false), ..guard };
+            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
             let reason = format!("no ENI's, though inside {destination} by {}", link.name);
             rules.push((None, Wanted { object: rule, reason }));
         }
@@ -459,7 +459,7 @@ impl Unwanted<'_> {
     }
 
     fn eni_of_table(&self, table: u32) -> Option<&DesiredEni> {
-        self.placed.values().find(|(eni, _)| eni.table == table).map(|(eni, _)| *eni)
+        self.placed.values().find(|(eni, _)| self.is_of(eni, table)).map(|(eni, _)| *eni)
     }
 
     /// An ENI whose link is here but not ours to manage keeps what it has.
@@ -494,6 +494,10 @@ impl Unwanted<'_> {
     }
 
     fn is_table_in_trouble(&self, table: u32) -> bool {
-        self.desired.enis.iter().any(|(mac, eni)| eni.table == table && self.is_in_trouble(*mac))
+        self.desired.enis.iter().any(|(mac, eni)| self.is_of(eni, table) && self.is_in_trouble(*mac))
+    }
+
+    fn is_of(&self, eni: &DesiredEni, table: u32) -> bool {
+        Family::BOTH.into_iter().any(|family| table == policy::last_table(self.config, eni.table, family))
     }
 }
