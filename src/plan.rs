@@ -222,6 +222,13 @@ fn before_guard<'a>(
     for (index, route) in &routes {
         let Some(link) = eni_link(index).filter(is_foreign) else { continue };
         let destination = route.destination;
+        // A better one by another ENI's link may go with that link; a container's is the one to take.
+        let is_better = |(index, other): &(Option<u32>, Route)| {
+            other.destination == destination && other.metric < route.metric && eni_link(index).is_none()
+        };
+        if routes.iter().any(is_better) {
+            continue;
+        }
         for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
             let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
             for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
@@ -248,25 +255,18 @@ fn before_guard<'a>(
     rules
 }
 
-/// The routes of `main` that the guard rule takes: of each destination the one with the lowest metric. Link-local ones
-/// are every link's, and a packet to them is bound to its link.
+/// The routes of `main` that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
+/// its link.
 fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
     let is_link_local = |route: &Route| match route.destination.addr() {
         IpAddr::V4(_) => false,
         IpAddr::V6(address) => address.is_unicast_link_local(),
     };
-    let is_taken = |route: &Route| {
+    let is_looked_at = |route: &Route| {
         let length = u32::from(route.destination.prefix_len());
         route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
     };
-    let mut best: BTreeMap<IpNet, (Option<u32>, Route)> = BTreeMap::new();
-    for (index, route) in observed.routes.iter().filter(|(_, route)| is_taken(route)) {
-        let entry = best.entry(route.destination).or_insert((*index, *route));
-        if route.metric < entry.1.metric {
-            *entry = (*index, *route);
-        }
-    }
-    best.into_values().collect()
+    observed.routes.iter().filter(|(_, route)| is_looked_at(route)).copied().collect()
 }
 
 /// What two destinations have in common; no limit is everything.
