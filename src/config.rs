@@ -11,7 +11,8 @@ pub struct Config {
     pub table_base: u32,
     /// Priority of the guard rule; below every source rule's.
     pub guard_priority: u32,
-    /// Added to an ENI's table number for the priority of a rule that covers its whole subnet.
+    /// Added to an ENI's table number for the priority of a rule that covers its whole subnet; and to table and priority
+    /// for its last resort.
     pub subnet_rule_offset: u32,
     /// Link group of attached ENIs.
     pub link_group: u32,

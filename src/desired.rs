@@ -239,6 +239,10 @@ fn source_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family, co
         let rule = Rule { from: Some(prefix), ..policy::rule(config, family, table, table) };
         rules.push(wanted(rule, format!("traffic from delegated prefix {prefix} leaves by {}", eni.id)));
     }
+    let last = rules.iter().filter_map(|rule| policy::last_rule(config, &rule.object));
+    let reason = format!("{} fails closed: without its link its traffic goes nowhere", eni.id);
+    let last: Vec<Wanted<Rule>> = last.map(|rule| wanted(rule, reason.clone())).collect();
+    rules.extend(last);
     rules
 }
 

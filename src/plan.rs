@@ -222,12 +222,19 @@ fn before_guard<'a>(
     for (index, route) in &routes {
         let Some(link) = eni_link(index).filter(is_foreign) else { continue };
         let destination = route.destination;
+        // A better one by another ENI's link may go with that link; a container's is the one to take.
+        let is_better = |(index, other): &(Option<u32>, Route)| {
+            other.destination == destination && other.metric < route.metric && eni_link(index).is_none()
+        };
+        if routes.iter().any(is_better) {
+            continue;
+        }
         for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
             let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
             for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
                 let Some(to) = narrower(rule.to, destination) else { continue };
-                let is_for_subnet = rule.priority == eni.table + config.subnet_rule_offset;
-                let priority = policy::priority_before_guard(config, &destination, is_for_subnet);
+                let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
+                let priority = policy::priority_before_guard(config, &destination, rank);
                 let rule = Rule { to: Some(to), priority, ..rule.clone() };
                 let reason =
                     format!("not by {}, which main has for {destination}: it stays in a foreign group", link.name);
@@ -238,7 +245,7 @@ fn before_guard<'a>(
         for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
             let to = inner.destination;
             let guard = policy::guard_rule(config, to.family());
-            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, false), ..guard };
+            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
             let reason = format!("no ENI's, though inside {destination} by {}", link.name);
             rules.push((None, Wanted { object: rule, reason }));
         }
@@ -248,25 +255,18 @@ fn before_guard<'a>(
     rules
 }
 
-/// The routes of `main` that the guard rule takes: of each destination the one with the lowest metric. Link-local ones
-/// are every link's, and a packet to them is bound to its link.
+/// The routes of `main` that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
+/// its link.
 fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
     let is_link_local = |route: &Route| match route.destination.addr() {
         IpAddr::V4(_) => false,
         IpAddr::V6(address) => address.is_unicast_link_local(),
     };
-    let is_taken = |route: &Route| {
+    let is_looked_at = |route: &Route| {
         let length = u32::from(route.destination.prefix_len());
         route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
     };
-    let mut best: BTreeMap<IpNet, (Option<u32>, Route)> = BTreeMap::new();
-    for (index, route) in observed.routes.iter().filter(|(_, route)| is_taken(route)) {
-        let entry = best.entry(route.destination).or_insert((*index, *route));
-        if route.metric < entry.1.metric {
-            *entry = (*index, *route);
-        }
-    }
-    best.into_values().collect()
+    observed.routes.iter().filter(|(_, route)| is_looked_at(route)).copied().collect()
 }
 
 /// What two destinations have in common; no limit is everything.
@@ -466,7 +466,7 @@ impl Unwanted<'_> {
     }
 
     fn eni_of_table(&self, table: u32) -> Option<&DesiredEni> {
-        self.placed.values().find(|(eni, _)| eni.table == table).map(|(eni, _)| *eni)
+        self.placed.values().find(|(eni, _)| self.is_of(eni, table)).map(|(eni, _)| *eni)
     }
 
     /// An ENI whose link is here but not ours to manage keeps what it has.
@@ -516,6 +516,10 @@ impl Unwanted<'_> {
     }
 
     fn is_table_in_trouble(&self, table: u32) -> bool {
-        self.desired.enis.iter().any(|(mac, eni)| eni.table == table && self.is_in_trouble(*mac))
+        self.desired.enis.iter().any(|(mac, eni)| self.is_of(eni, table) && self.is_in_trouble(*mac))
+    }
+
+    fn is_of(&self, eni: &DesiredEni, table: u32) -> bool {
+        Family::BOTH.into_iter().any(|family| table == policy::last_table(self.config, eni.table, family))
     }
 }

@@ -16,7 +16,7 @@ pub const MARK: u8 = 176;
 /// amazon-ec2-net-utils), 10+n (Cilium), 100+n (cloud-init), from 30200 (nm-cloud-setup), 52 (Tailscale), 51820 (wg-quick).
 pub const TABLE_BASE: u32 = 20_000;
 
-/// Before all our source rules, with room for 258 more before it (`priority_before_guard`), after Tailscale's (5210..5270) and the CNIs' (10..1536).
+/// Before all our source rules, with room for 387 more before it (`priority_before_guard`), after Tailscale's (5210..5270) and the CNIs' (10..1536).
 pub const GUARD_PRIORITY: u32 = 19_900;
 
 /// Rules for whole subnets come after every exact rule, so that the longest match wins.
@@ -98,13 +98,30 @@ pub fn route(
     Route { destination, kind: RouteKind::Unicast, gateway, is_onlink: false, table, metric: metric(family), protocol }
 }
 
-/// The last route of an ENI's table.
+/// An ENI's last resort, so that it fails closed: behind its other routes, or in its own table (`last_table`).
 pub fn unreachable_default(config: &Config, table: u32, family: Family) -> Route {
     Route {
         kind: RouteKind::Unreachable,
         metric: LAST_METRIC,
-        ..route(config, family.everything(), None, table, family)
+        ..route(config, family.everything(), None, last_table(config, table, family), family)
     }
+}
+
+/// The table that holds the last resort of the ENI with this table. IPv6 passes over a router that did not answer when
+/// there is another route in the table, even one that refuses, and asks the router again only a minute later
+/// (`router_probe_interval`); alone in its table the router is asked again by the next packet.
+pub fn last_table(config: &Config, table: u32, family: Family) -> u32 {
+    match family {
+        Family::V4 => table,
+        Family::V6 => table + config.subnet_rule_offset,
+    }
+}
+
+/// The rule that leads to the last resort what this one, an ENI's, led to no route.
+pub fn last_rule(config: &Config, rule: &Rule) -> Option<Rule> {
+    let table = last_table(config, rule.table, rule.family);
+    let priority = rule.priority + config.subnet_rule_offset;
+    (table != rule.table).then(|| Rule { priority, table, ..rule.clone() })
 }
 
 /// A rule that looks up a table, as we add it; the caller says what it matches.
@@ -143,10 +160,10 @@ pub fn guard_rule(config: &Config, family: Family) -> Rule {
 }
 
 /// What is taken out of the guard rule's hands comes before it, by the length of the route in `main` that it stands for:
-/// the longest match first, as in `main` itself; and of one length, rules for whole subnets after all others.
-pub fn priority_before_guard(config: &Config, route: &IpNet, is_for_subnet: bool) -> u32 {
-    let place = 2 * u32::from(route.prefix_len()) + if is_for_subnet { 1 } else { 2 };
-    config.guard_priority.saturating_sub(place)
+/// the longest match first, as in `main` itself; and of one length in the order that the rules have behind the guard,
+/// told by how many times `subnet_rule_offset` they are after the ENI's exact ones: 0 to 2.
+pub fn priority_before_guard(config: &Config, route: &IpNet, rank: u32) -> u32 {
+    config.guard_priority.saturating_sub(3 * (u32::from(route.prefix_len()) + 1) - rank)
 }
 
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.

@@ -51,6 +51,13 @@ pub fn ip(lines: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// What one command of ip(8) shows.
+pub fn output_of_ip(arguments: &str) -> Result<String> {
+    let output = Command::new("ip").args(arguments.split_whitespace()).output().context("running ip")?;
+    ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
 /// What eniup sees, once the kernel is done: it makes IPv6's local routes a moment after the addresses.
 pub fn observe() -> Result<Observed> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -1,6 +1,10 @@
 //! The promise as a property of the model: a packet whose source is an ENI's leaves by that ENI, and what does not use
 //! a secondary ENI's addresses goes as before.
 
+use std::fs;
+use std::net::UdpSocket;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use eniup::config::{Config, Rules};
 use eniup::desired::desired;
@@ -11,10 +15,12 @@ use eniup::netlink::Netlink;
 use eniup::plan::plan;
 use eniup::policy;
 
-use crate::kernel::{ip, observe, on_a_machine};
+use crate::kernel::{ip, observe, on_a_machine, output_of_ip};
 use crate::model::{Count, be_a_router, compare};
 use crate::support::{apply, check};
-use crate::vpc::{BRIDGE, Destination, Elsewhere, Host, TUNNEL, link_of, local, others, sources, vpc};
+use crate::vpc::{
+    BRIDGE, Destination, Elsewhere, Host, Others, TUNNEL, Vpc, link_of, local, mac, others, sources, vpc,
+};
 
 /// One run of eniup on the model; a second has nothing to do.
 fn reconcile(attached: &Attached, observed: &mut Observed, config: &Config) -> Result<()> {
@@ -247,4 +253,59 @@ fn all_packets(attached: &Attached, observed: &Observed, to: &Destination) -> Ve
     };
     let others = unconcerned(attached, observed, to).into_iter().map(|(packet, _)| packet);
     own.chain(others).filter(is_made).collect()
+}
+
+/// IPv6 passes over a router that was silent when there is any other route in the table, and asks it again only after
+/// a minute: the ENI's last resort must not be in the way.
+#[test]
+fn a_router_that_was_silent_is_asked_again_by_the_next_packet() {
+    vpc_lab::inside(|| {
+        let vpc = Vpc::of_two_in_two_subnets();
+        let attached = vpc.attached(0);
+        let host = Host::new(&vpc, &Others::default());
+        on_a_machine(|| {
+            ip(&host.lines(&attached))?;
+            reconcile_the_kernel(&attached, &Config::default())?;
+            let observed = observe()?;
+            let link = link_of(&observed, mac(1));
+            let source = attached.ready[&mac(1)].addresses(Family::V6)[0];
+            let packet = local(Some(source), "2600::9".parse()?);
+            let settings = format!("/proc/sys/net/ipv6/neigh/{}", observed.links[&link].name);
+            fs::write(format!("{settings}/mcast_solicit"), "1")?;
+            fs::write(format!("{settings}/retrans_time_ms"), "10")?;
+            UdpSocket::bind((source, 0))?.send_to(b"anyone?", (packet.destination, 9))?;
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !output_of_ip("-6 neigh show nud failed")?.contains("fe80:ec2::1") {
+                ensure!(Instant::now() < deadline, "the router answers: {}", output_of_ip("-6 neigh")?);
+                std::thread::yield_now();
+            }
+            compare(&observed, &[packet], &mut Count::default())?;
+            keeps_its_promise(&attached, &observed, &host.destinations)
+        })
+    });
+}
+
+/// When the link's routes are gone, what comes from the ENI's addresses goes nowhere: it fails closed.
+#[test]
+fn without_its_link_an_enis_traffic_goes_nowhere() {
+    check(20, (vpc(), others()), |(vpc, others)| {
+        let attached = vpc.attached(0);
+        let host = Host::new(vpc, others);
+        let mut observed = host.observed.clone();
+        reconcile(&attached, &mut observed, &Config::default())?;
+        for (mac, eni) in attached.ready.iter().filter(|(mac, _)| **mac != attached.primary) {
+            let own = link_of(&observed, *mac);
+            let mut down = observed.clone();
+            down.routes.retain(|(link, _)| *link != Some(own));
+            for to in host.destinations.iter().filter(|to| to.elsewhere.is_none()) {
+                for (source, is_delegated) in sources(eni, to.address.family()) {
+                    let packet = Packet { input: is_delegated.then_some(BRIDGE), ..local(Some(source), to.address) };
+                    let answer = lookup(&down, &packet);
+                    ensure!(answer.way == Way::Nowhere(Refusal::Unreachable), "{packet:?}: {answer:#?}");
+                }
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
 }

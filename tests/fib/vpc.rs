@@ -40,8 +40,8 @@ pub struct Ownership {
     blocks: Vec<(u8, usize)>,
 }
 
-/// What other managers did to the machine.
-#[derive(Clone, Debug)]
+/// What other managers did to the machine. By default nothing.
+#[derive(Clone, Debug, Default)]
 pub struct Others {
     /// Of each ENI: its link's group is somebody's.
     is_in_a_group: Vec<bool>,
@@ -114,6 +114,13 @@ fn host(subnet: u8, family: Family, number: u8) -> IpAddr {
 }
 
 impl Vpc {
+    /// Two ENIs with both families and nothing but their first addresses.
+    pub fn of_two_in_two_subnets() -> Vpc {
+        let shape = |subnet| Shape { subnet, has_ipv4: true, has_ipv6: true };
+        let nothing = Ownership { hosts: Vec::new(), blocks: Vec::new() };
+        Vpc { enis: vec![shape(0), shape(1)], times: [nothing.clone(), nothing] }
+    }
+
     pub fn attached(&self, time: usize) -> Attached {
         let Ownership { hosts, blocks } = &self.times[time];
         let mut enis: Vec<Eni> = self.enis.iter().enumerate().map(|(n, shape)| shape.eni(n)).collect();
@@ -215,7 +222,7 @@ impl Host {
             host.other_routes(others, family);
         }
         for (n, eni_mac) in attached.ready.keys().enumerate() {
-            if others.is_in_a_group[n] {
+            if others.is_in_a_group.get(n) == Some(&true) {
                 host.link_mut(*eni_mac).group = 7;
             }
         }
@@ -300,11 +307,11 @@ impl Host {
             if family == Family::V6 {
                 self.route(link, "fe80::/64", None, policy::MAIN_TABLE, 256 + n as u32);
             }
-            if n == 0 || others.is_connected[n] {
+            if n == 0 || others.is_connected.get(n) == Some(&true) {
                 let subnet = eni.subnets(family)[0].to_string();
                 self.route(link, &subnet, None, policy::MAIN_TABLE, metric);
             }
-            let is_before = if n == 0 { Some(false) } else { others.has_default[n] };
+            let is_before = if n == 0 { Some(false) } else { others.has_default.get(n).copied().flatten() };
             if let Some(is_before) = is_before {
                 let metric = if is_before { metric - 50 } else { metric };
                 self.route(link, &family.everything().to_string(), router, policy::MAIN_TABLE, metric);
