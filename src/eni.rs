@@ -205,7 +205,10 @@ impl Attached {
         let is_disputed = !self.disputes.is_empty() || self.pending.values().any(is_clash);
         // The primary is never in dispute, but it may be the one whose addresses are out of date.
         let primary = is_disputed.then_some(self.primary);
-        self.pending.keys().chain(self.disputes.keys()).copied().chain(primary).collect()
+        // An ENI without any address is EFA-only, or its addresses are on their way: the kernel's links tell, not metadata.
+        let is_bare = |eni: &Eni| !Family::BOTH.into_iter().any(|family| eni.has_family(family));
+        let bare = self.ready.iter().filter(|(_, eni)| is_bare(eni)).map(|(mac, _)| mac);
+        self.pending.keys().chain(self.disputes.keys()).chain(bare).copied().chain(primary).collect()
     }
 
     /// The ready ENI that is the primary.
