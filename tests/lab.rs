@@ -28,7 +28,11 @@ fn without_reconcile_the_demonstration_is_wrong() {
     vpc_lab::inside(|| {
         let demo = demo::build(ENIUP)?;
         ensure!(!demo.look("unconfigured", false)?, "an unconfigured machine passes");
-        ensure!(demo.scene.lab.fabric.source_drops() > 50, "only {} packets dropped", demo.scene.lab.fabric.source_drops());
+        ensure!(
+            demo.scene.lab.fabric.source_drops() > 50,
+            "only {} packets dropped",
+            demo.scene.lab.fabric.source_drops()
+        );
         Ok(())
     });
 }

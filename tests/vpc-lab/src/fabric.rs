@@ -116,8 +116,17 @@ impl Fabric {
 
     /// Packets dropped by the source check, of all ENIs.
     pub fn source_drops(&self) -> u64 {
+        self.dropped_for(&[Reason::WrongEni, Reason::SourceAddress])
+    }
+
+    /// Of those, the ones that left by another ENI of their own instance.
+    pub fn misrouted(&self) -> u64 {
+        self.dropped_for(&[Reason::WrongEni])
+    }
+
+    fn dropped_for(&self, reasons: &[Reason]) -> u64 {
         let state = self.shared.state();
-        state.drops.iter().filter(|((_, reason), _)| *reason == Reason::SourceAddress).map(|(_, count)| count).sum()
+        state.drops.iter().filter(|((_, reason), _)| reasons.contains(reason)).map(|(_, count)| count).sum()
     }
 
     /// The last dropped packets, each with its reason.

@@ -35,7 +35,9 @@ pub enum Verdict {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Reason {
     SourceMac,
-    /// The source check: not an address or delegated prefix of the ENI it left by.
+    /// The source check: an address or delegated prefix of another ENI of the same instance.
+    WrongEni,
+    /// The source check: of no ENI of the instance. It forwards, perhaps to an address that it does not have yet.
     SourceAddress,
     /// The destination check: handed to an ENI that does not have the address.
     DestinationCheck,
@@ -53,6 +55,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
             Reason::SourceMac => "source-mac",
+            Reason::WrongEni => "wrong-eni",
             Reason::SourceAddress => "source-address",
             Reason::DestinationCheck => "destination-check",
             Reason::NoRoute => "no-route",
@@ -180,7 +183,9 @@ fn from_eni(world: &World, eni: &Eni, frame: &Frame, packet: Option<Packet>) -> 
         return Verdict::Ignore;
     }
     if eni.source_dest_check && !eni.owns(packet.source) {
-        return Verdict::Drop(Reason::SourceAddress);
+        let at = eni.attachment.as_ref().map(|at| at.instance.as_str()).unwrap_or_default();
+        let is_of_instance = world.enis_of(at).iter().any(|other| other.owns(packet.source));
+        return Verdict::Drop(if is_of_instance { Reason::WrongEni } else { Reason::SourceAddress });
     }
     if frame.destination == ROUTER_MAC { route(world, eni, frame, &packet) } else { switch(world, eni, frame, &packet) }
 }
