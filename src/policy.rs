@@ -2,11 +2,13 @@
 
 use std::net::Ipv6Addr;
 
+use std::collections::BTreeSet;
+
 use ipnet::{IpNet, Ipv6Net};
 
 use crate::config::Config;
 use crate::eni::Slot;
-use crate::net::{Address, Family, Link, Route, RouteKind, Rule};
+use crate::net::{Address, Family, Link, Observed, Route, RouteKind, Rule};
 
 /// Protocol number of our addresses (`IFA_PROTO`), routes (`RTA_PROTOCOL`) and rules (`FRA_PROTOCOL`).
 /// Unused in iproute2's `rt_protos`; 99, the first that comes to mind, is taken.
@@ -44,6 +46,9 @@ pub const LAST_METRIC: u32 = u32::MAX;
 
 /// Metric of a default route given to `main` for a family that the primary ENI has not: behind any other manager's.
 pub const MAIN_METRIC: u32 = 20_000;
+
+/// `RTN_LOCAL`: the kernel's own route for an address of this machine.
+pub const LOCAL_ROUTE: u8 = 2;
 
 /// `RTPROT_KERNEL`: routes that the kernel made for addresses and links.
 pub const KERNEL_PROTOCOL: u8 = 2;
@@ -184,6 +189,22 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
 /// Our mark, and nothing of what our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
     rule.protocol == config.mark && rule.mark.is_none() && !rule.is_inverted && !rule.has_more
+}
+
+/// Whether the kernel is still busy with an address of ours. It acknowledges an IPv6 address and finishes it later, on a
+/// worker (`addrconf_dad_work`): until its local route is there, packets to it are lost.
+pub fn is_settling(config: &Config, observed: &Observed) -> bool {
+    let is_local = |route: &Route| route.kind == RouteKind::Other(LOCAL_ROUTE);
+    let local: BTreeSet<(Option<u32>, IpNet)> = observed
+        .routes
+        .iter()
+        .filter(|(_, route)| is_local(route))
+        .map(|(index, route)| (*index, route.destination))
+        .collect();
+    let is_up = |index: &u32| observed.links.get(index).is_some_and(|link| link.is_up);
+    let ours = observed.addresses.iter().filter(|(index, address)| owns_address(config, address) && is_up(index));
+    let mut ipv6 = ours.filter(|(_, address)| address.net.addr().is_ipv6());
+    ipv6.any(|(index, address)| !local.contains(&(Some(*index), address.net.addr().into())))
 }
 
 /// Whether this link can be an ENI's own: not stacked on another one. A port of a bridge or bond may be, but is then

@@ -17,6 +17,7 @@ use crate::net::{MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
+use crate::policy;
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
 
@@ -26,6 +27,11 @@ const ROUNDS: usize = 3;
 /// Before a pending ENI is asked for again; half as long again each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long the kernel may be busy with what it has acknowledged, and how often it is looked at meanwhile. On a link
+/// without a carrier it never gets done, and that is no reason to wait longer.
+const SETTLING: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(1);
 
 /// What a run needs from outside.
 pub struct Options {
@@ -127,7 +133,9 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     let mut failures = Vec::new();
     for round in 0.. {
         let before = ledger::load(&options.directory);
-        let observed = before.recall(netlink.observe().await?, options.config.mark);
+        // Only what this run has changed is worth waiting for.
+        let patience = if round == 0 { Duration::ZERO } else { SETTLING };
+        let observed = observe_settled(netlink, &before, options, patience).await?;
         let plan = plan(desired, &observed, primary, &options.config);
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
@@ -143,6 +151,23 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     Ok(report)
+}
+
+/// What the kernel has, once it is done with what it has acknowledged.
+async fn observe_settled(
+    netlink: &mut Netlink,
+    ledger: &Ledger,
+    options: &Options,
+    patience: Duration,
+) -> Result<Observed> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+        if Instant::now() >= deadline || !policy::is_settling(&options.config, &observed) {
+            return Ok(observed);
+        }
+        sleep_until(Instant::now() + LOOK).await;
+    }
 }
 
 /// A step that failed, and why.

@@ -214,21 +214,18 @@ fn lease(world: &World, eni: &Eni, frame: &Frame, packet: &Packet) -> Option<Vec
     dhcp::answer(payload, eni.mac, *eni.ipv4s.first()?, subnet, (ROUTER_MAC, router))
 }
 
-/// Straight to another ENI of the subnet.
+/// Straight to another ENI of the subnet. The VPC carries a packet by its address; the station address only says that it is
+/// not for the router. So an address that has moved is reached at once, whatever its neighbours remember.
 fn switch(world: &World, eni: &Eni, frame: &Frame, packet: &Packet) -> Verdict {
-    let neighbour = world.enis.values().find(|other| other.mac == frame.destination && other.subnet == eni.subnet);
-    match neighbour {
-        Some(neighbour) if neighbour.owns(packet.destination) || !neighbour.source_dest_check => {
-            hand(world, neighbour, frame.bytes.to_vec())
-        }
-        // The VPC carries a packet by its address; the station address only says that it is not for the router. So an
-        // address that has moved is reached at once, whatever its neighbours remember.
-        Some(_) => match world.enis.values().find(|other| other.subnet == eni.subnet && other.owns(packet.destination))
-        {
-            Some(owner) => hand(world, owner, wire::with_macs(frame.bytes, owner.mac, frame.source)),
-            None => Verdict::Drop(Reason::DestinationCheck),
-        },
-        None => Verdict::Drop(Reason::NoRoute),
+    let neighbours = || world.enis.values().filter(|other| other.subnet == eni.subnet);
+    let station = neighbours().find(|other| other.mac == frame.destination);
+    let owner = neighbours().find(|other| other.owns(packet.destination));
+    match (station, owner) {
+        // A NAT box or firewall takes what is not for itself.
+        (Some(station), _) if !station.source_dest_check => hand(world, station, frame.bytes.to_vec()),
+        (_, Some(owner)) => hand(world, owner, wire::with_macs(frame.bytes, owner.mac, frame.source)),
+        (Some(_), None) => Verdict::Drop(Reason::DestinationCheck),
+        (None, None) => Verdict::Drop(Reason::NoRoute),
     }
 }
 

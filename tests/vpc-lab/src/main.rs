@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use vpc_lab::matrix::{self, How};
-use vpc_lab::{demo, figures, sandbox, shell};
+use vpc_lab::{demo, figures, sandbox, shell, storm};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
 #[derive(Parser)]
@@ -34,6 +34,24 @@ enum Verb {
         /// Only these layouts.
         #[arg(long, value_name = "NAME")]
         layout: Vec<String>,
+    },
+    /// Let ENIs, addresses and prefixes come and go at random, and see whether a conversation over anything else suffers.
+    Storm {
+        /// Replays a storm.
+        #[arg(long)]
+        seed: Option<u64>,
+        #[arg(long, default_value_t = 500)]
+        operations: usize,
+        /// Show every operation.
+        #[arg(long)]
+        list: bool,
+    },
+    /// A NAT box forwards conversations of a private subnet while ENIs come and go.
+    NatBox {
+        #[arg(long, default_value_t = 1000)]
+        conversations: usize,
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
     },
     /// Measure what `eniup reconcile` costs for 1, 4 and 15 ENIs with ten addresses each.
     Figures,
@@ -65,12 +83,34 @@ fn run() -> Result<ExitCode> {
             let is_right = matrix::play(&eniup, how, &layout)?;
             is_right || how == How::None
         }
+        Verb::Storm { seed, operations, list } => {
+            let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+            println!("storm of {operations} operations, --seed {seed}");
+            let report = storm::play(&eniup, seed, operations, |n| eprintln!("{n} operations done"))?;
+            report.operations.iter().filter(|_| list).for_each(|operation| println!("  {operation}"));
+            show(&report)
+        }
+        Verb::NatBox { conversations, rounds } => show(&storm::nat_box(&eniup, conversations, rounds)?),
         Verb::Figures => {
             figures::measure(&eniup)?;
             true
         }
     };
     Ok(if is_right { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// What became of the conversations; gives whether none has lost anything.
+fn show(report: &storm::Report) -> bool {
+    let sent: u64 = report.flows.iter().map(|flow| flow.sent).sum();
+    let lost: u64 = report.flows.iter().map(|flow| flow.lost()).sum();
+    println!(
+        "{} operations, {} conversations, {sent} messages, {lost} lost, {} packets dropped by the source check",
+        report.operations.len(),
+        report.flows.len(),
+        report.drops
+    );
+    report.flows.iter().filter(|flow| !flow.is_whole()).take(10).for_each(|flow| println!("  {flow}"));
+    report.is_right()
 }
 
 /// This very command again, in the sandbox.

@@ -34,6 +34,7 @@ pub fn prepare(command: &mut Command) {
     unsafe {
         command.pre_exec(move || {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+            raise_file_limit()?;
             let user = if is_root { 0 } else { libc::CLONE_NEWUSER };
             check(libc::unshare(user | libc::CLONE_NEWNET | libc::CLONE_NEWNS))?;
             if !is_root {
@@ -45,6 +46,17 @@ pub fn prepare(command: &mut Command) {
             check(libc::mount(none, root.as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()))?;
             check(libc::mount(tmpfs.as_ptr(), run.as_ptr(), tmpfs.as_ptr(), 0, none.cast()))
         });
+    }
+}
+
+/// A lab has a few sockets for each node and one for each conversation: as many as the user may have.
+fn raise_file_limit() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls are system calls on memory that lives as long as they take.
+    unsafe {
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit))?;
+        limit.rlim_cur = limit.rlim_max;
+        check(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))
     }
 }
 
