@@ -10,14 +10,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
-use crate::config::Config;
+use crate::config::{self, Config};
+use crate::config_files;
 use crate::desired::desired;
 use crate::eni::Attached;
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::lock;
 use crate::metadata::{self, Tree};
 use crate::plan::{Plan, fresh_machine, plan};
-use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::status::{Status, Text, status};
@@ -63,6 +63,10 @@ struct Global {
     /// When to colour: a terminal is coloured unless NO_COLOR is set.
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
     color: Color,
+
+    /// The configuration file, instead of /etc/eniup/config.toml.
+    #[arg(long, global = true, value_name = "PATH")]
+    config: Option<PathBuf>,
 
     /// Where the metadata service is, instead of 169.254.169.254 and fd00:ec2::254.
     #[arg(long, global = true, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
@@ -134,14 +138,15 @@ enum Command {
 #[derive(Args)]
 struct Timeout {
     /// When to give up waiting, for another run, for metadata or for an ENI that is not all there yet: 500ms, 30s, 2m.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = policy::TIMEOUT)]
-    timeout: Duration,
+    /// Without it what is configured, else 30s.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
 }
 
 impl Timeout {
-    fn deadline(&self) -> Instant {
+    fn deadline(&self, config: &Config) -> Instant {
         // An hour is as good as for ever, and far from what an instant can hold.
-        Instant::now() + self.timeout.min(Duration::from_secs(3600))
+        Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
     }
 }
 
@@ -202,6 +207,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<metadata::Unusable>() {
             return Exit::MetadataUnavailable;
         }
+        if cause.is::<config::Problems>() || cause.is::<config_files::Unreadable>() {
+            return Exit::BadConfiguration;
+        }
         if cause.is::<lock::Busy>() {
             return Exit::Busy;
         }
@@ -214,10 +222,10 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 
 async fn dispatch(cli: &Cli) -> Result<Exit> {
     let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let config = Config::default();
+    let config = config::read(&config_files::read(cli.global.config.as_deref())?)?.config;
     match &cli.command {
         Command::Reconcile { dry_run: true, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, false, false)
         }
         Command::Reconcile { dry_run: false, timeout } => {
@@ -229,11 +237,11 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Plan { metadata: None, detailed_exitcode, json, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Status { json, timeout } => {
-            let status = read_status(endpoint, timeout.deadline(), &config).await?;
+            let status = read_status(endpoint, timeout.deadline(&config), &config).await?;
             show_status(&status, cli.global.color, *json)
         }
         Command::Release { dry_run: true, timeout } => {
@@ -252,7 +260,7 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
 fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options {
     Options {
         endpoint: endpoint.map(String::from),
-        deadline: timeout.deadline(),
+        deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
         config,
     }
