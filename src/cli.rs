@@ -10,8 +10,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
-use crate::config::{self, Config};
-use crate::config_files;
+use crate::config::{self, Config, File, Settings};
+use crate::config_files::{self, Places};
 use crate::desired::desired;
 use crate::eni::Attached;
 use crate::imds::{self, Imds, Scope, Surroundings};
@@ -64,7 +64,7 @@ struct Global {
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
     color: Color,
 
-    /// The configuration file, instead of /etc/eniup/config.toml.
+    /// The configuration file, instead of /etc/eniup/config.toml and the drop-ins.
     #[arg(long, global = true, value_name = "PATH")]
     config: Option<PathBuf>,
 
@@ -132,6 +132,22 @@ enum Command {
         dry_run: bool,
         #[command(flatten)]
         timeout: Timeout,
+    },
+    /// Look at the configuration: /etc/eniup/config.toml, then the drop-ins config.d/*.toml in /usr/lib/eniup,
+    /// /run/eniup and /etc/eniup by the order of their names. None of them needs to be there.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say everything that is wrong with the configuration files, or that nothing is.
+    Check,
+    /// Print what is in effect, as a configuration file, and where each value was written.
+    Show {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -207,7 +223,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<metadata::Unusable>() {
             return Exit::MetadataUnavailable;
         }
-        if cause.is::<config::Problems>() || cause.is::<config_files::Unreadable>() {
+        if cause.is::<config::Problems>() {
             return Exit::BadConfiguration;
         }
         if cause.is::<lock::Busy>() {
@@ -222,7 +238,12 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 
 async fn dispatch(cli: &Cli) -> Result<Exit> {
     let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let config = config::read(&config_files::read(cli.global.config.as_deref())?)?.config;
+    let files = match &cli.global.config {
+        Some(file) => vec![config_files::read_one(file)],
+        None => config_files::read_all(&Places::default()),
+    };
+    let settings = config::read(&files)?;
+    let config = settings.config.clone();
     match &cli.command {
         Command::Reconcile { dry_run: true, timeout } => {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
@@ -254,7 +275,27 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             check_permission()?;
             show_report(&reconcile::release_all(&options(endpoint, timeout, config)).await?)
         }
+        Command::Config(ConfigCommand::Check) => show_check(&files),
+        Command::Config(ConfigCommand::Show { json }) => show_settings(&settings, &files, *json),
     }
+}
+
+/// What is wrong has been said by now.
+fn show_check(files: &[File]) -> Result<Exit> {
+    let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
+    match names.is_empty() {
+        true => print("no configuration file: everything is as by default\n")?,
+        false => print(&format!("no errors in {}\n", names.join(", ")))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn show_settings(settings: &Settings, files: &[File], is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{:#}\n", settings.to_json(files)))?,
+        false => print(&settings.to_string())?,
+    }
+    Ok(Exit::Ok)
 }
 
 fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options {

@@ -3,9 +3,23 @@
 use std::fmt;
 use std::ops::Range;
 
-use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
+use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
-use super::File;
+/// A file whose text is there.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub name: &'a str,
+    pub text: &'a str,
+    /// Higher for those that override others.
+    pub rank: usize,
+}
+
+impl Source<'_> {
+    pub fn problem(self, span: Range<usize>, what: impl Into<String>, hint: Option<String>) -> Problem {
+        let place = Some(Place::new(self.text, span));
+        Problem { what: what.into(), hint, file: self.name.into(), place }
+    }
+}
 
 /// One mistake in one file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -14,6 +28,13 @@ pub struct Problem {
     /// What to write instead, as far as it can be told.
     pub hint: Option<String>,
     pub file: String,
+    /// None when the file as a whole cannot be used.
+    pub place: Option<Place>,
+}
+
+/// Where in a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Place {
     /// From 1.
     pub line: usize,
     /// From 1, in characters.
@@ -25,15 +46,17 @@ pub struct Problem {
 }
 
 impl Problem {
-    pub fn new(file: &File, span: Range<usize>, what: impl Into<String>, hint: Option<String>) -> Problem {
-        let text = file.text.as_str();
+    pub fn unreadable(file: &str, why: &str) -> Problem {
+        Problem { what: format!("{file} cannot be read: {why}"), hint: None, file: file.into(), place: None }
+    }
+}
+
+impl Place {
+    pub fn new(text: &str, span: Range<usize>) -> Place {
         let span = floor(text, span.start)..floor(text, span.end.max(span.start));
         let first = text[..span.start].rfind('\n').map_or(0, |newline| newline + 1);
         let end = text[span.end..].find('\n').map_or(text.len(), |newline| span.end + newline);
-        Problem {
-            what: what.into(),
-            hint,
-            file: file.name.clone(),
+        Place {
             line: line_of(text, span.start),
             column: text[first..span.start].chars().count() + 1,
             excerpt: text[first..end].to_string(),
@@ -54,10 +77,15 @@ fn floor(text: &str, position: usize) -> usize {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Problem { what, hint, file, line, column: _, excerpt, span } = self;
-        let annotation = AnnotationKind::Primary.span(span.clone());
-        let snippet = Snippet::source(excerpt).line_start(*line).path(file).annotation(annotation);
-        let mut group = Level::ERROR.primary_title(what).element(snippet);
+        let Problem { what, hint, file, place } = self;
+        let title = Level::ERROR.primary_title(what);
+        let mut group = match place {
+            None => Group::with_title(title),
+            Some(Place { line, column: _, excerpt, span }) => {
+                let annotation = AnnotationKind::Primary.span(span.clone());
+                title.element(Snippet::source(excerpt).line_start(*line).path(file).annotation(annotation))
+            }
+        };
         if let Some(hint) = hint {
             group = group.element(Level::HELP.message(hint));
         }

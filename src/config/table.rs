@@ -5,8 +5,7 @@ use std::ops::{Range, RangeInclusive};
 
 use toml::de::{DeTable, DeValue};
 
-use super::File;
-use super::problem::Problem;
+use super::problem::{Problem, Source};
 
 /// Why a value cannot be used, and what to write instead.
 pub struct Wrong {
@@ -32,15 +31,15 @@ pub struct Spot<T> {
 
 /// One table of a file, while it is read.
 pub struct Table<'a> {
-    file: &'a File,
+    source: Source<'a>,
     entries: &'a DeTable<'a>,
     asked: Vec<&'static str>,
     problems: Vec<Problem>,
 }
 
 impl<'a> Table<'a> {
-    pub fn new(file: &'a File, entries: &'a DeTable<'a>) -> Table<'a> {
-        Table { file, entries, asked: Vec::new(), problems: Vec::new() }
+    pub fn new(source: Source<'a>, entries: &'a DeTable<'a>) -> Table<'a> {
+        Table { source, entries, asked: Vec::new(), problems: Vec::new() }
     }
 
     /// The value of a key, if it is there and good.
@@ -54,7 +53,7 @@ impl<'a> Table<'a> {
         match read(found.get_ref()) {
             Ok(value) => Some(Spot { value, span: found.span() }),
             Err(Wrong { what, hint }) => {
-                self.problems.push(Problem::new(self.file, found.span(), format!("`{key}`: {what}"), hint));
+                self.problems.push(self.source.problem(found.span(), format!("`{key}`: {what}"), hint));
                 None
             }
         }
@@ -66,7 +65,7 @@ impl<'a> Table<'a> {
             value.as_table().ok_or_else(|| Wrong::new(format!("a table [{key}] is expected, not {}", sort(value))))
         };
         if let Some(entries) = self.value(key, table) {
-            let mut inner = Table::new(self.file, entries.value);
+            let mut inner = Table::new(self.source, entries.value);
             read(&mut inner);
             self.problems.extend(inner.finish());
         }
@@ -78,7 +77,7 @@ impl<'a> Table<'a> {
             let name = key.get_ref().as_ref();
             let hint = nearest(name, &self.asked).map(|known| format!("did you mean `{known}`?"));
             let hint = hint.unwrap_or_else(|| format!("known here: {}", self.asked.join(", ")));
-            self.problems.push(Problem::new(self.file, key.span(), format!("unknown key `{name}`"), Some(hint)));
+            self.problems.push(self.source.problem(key.span(), format!("unknown key `{name}`"), Some(hint)));
         }
         self.problems
     }
