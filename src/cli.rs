@@ -10,14 +10,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
-use crate::config::Config;
+use crate::config::{self, Config, File, Settings};
+use crate::config_files::{self, Places};
 use crate::desired::desired;
 use crate::eni::Attached;
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::lock;
 use crate::metadata::{self, Tree};
 use crate::plan::{Plan, fresh_machine, plan};
-use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::status::{Status, Text, status};
@@ -63,6 +63,10 @@ struct Global {
     /// When to colour: a terminal is coloured unless NO_COLOR is set.
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
     color: Color,
+
+    /// The configuration file, instead of /etc/eniup/config.toml and the drop-ins.
+    #[arg(long, global = true, value_name = "PATH")]
+    config: Option<PathBuf>,
 
     /// Where the metadata service is, instead of 169.254.169.254 and fd00:ec2::254.
     #[arg(long, global = true, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
@@ -129,19 +133,36 @@ enum Command {
         #[command(flatten)]
         timeout: Timeout,
     },
+    /// Look at the configuration: /etc/eniup/config.toml, then the drop-ins config.d/*.toml in /usr/lib/eniup,
+    /// /run/eniup and /etc/eniup by the order of their names. None of them needs to be there.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say everything that is wrong with the configuration files, or that nothing is.
+    Check,
+    /// Print what is in effect, as a configuration file, and where each value was written.
+    Show {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Args)]
 struct Timeout {
     /// When to give up waiting, for another run, for metadata or for an ENI that is not all there yet: 500ms, 30s, 2m.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = policy::TIMEOUT)]
-    timeout: Duration,
+    /// Without it what is configured, else 30s.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    timeout: Option<Duration>,
 }
 
 impl Timeout {
-    fn deadline(&self) -> Instant {
+    fn deadline(&self, config: &Config) -> Instant {
         // An hour is as good as for ever, and far from what an instant can hold.
-        Instant::now() + self.timeout.min(Duration::from_secs(3600))
+        Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
     }
 }
 
@@ -202,6 +223,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<metadata::Unusable>() {
             return Exit::MetadataUnavailable;
         }
+        if cause.is::<config::Problems>() {
+            return Exit::BadConfiguration;
+        }
         if cause.is::<lock::Busy>() {
             return Exit::Busy;
         }
@@ -214,10 +238,15 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 
 async fn dispatch(cli: &Cli) -> Result<Exit> {
     let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let config = Config::default();
+    let files = match &cli.global.config {
+        Some(file) => vec![config_files::read_one(file)],
+        None => config_files::read_all(&Places::default()),
+    };
+    let settings = config::read(&files)?;
+    let config = settings.config.clone();
     match &cli.command {
         Command::Reconcile { dry_run: true, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, false, false)
         }
         Command::Reconcile { dry_run: false, timeout } => {
@@ -229,11 +258,11 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Plan { metadata: None, detailed_exitcode, json, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(), &config).await?;
+            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Status { json, timeout } => {
-            let status = read_status(endpoint, timeout.deadline(), &config).await?;
+            let status = read_status(endpoint, timeout.deadline(&config), &config).await?;
             show_status(&status, cli.global.color, *json)
         }
         Command::Release { dry_run: true, timeout } => {
@@ -246,13 +275,33 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             check_permission()?;
             show_report(&reconcile::release_all(&options(endpoint, timeout, config)).await?)
         }
+        Command::Config(ConfigCommand::Check) => show_check(&files),
+        Command::Config(ConfigCommand::Show { json }) => show_settings(&settings, &files, *json),
     }
+}
+
+/// What is wrong has been said by now.
+fn show_check(files: &[File]) -> Result<Exit> {
+    let names: Vec<&str> = files.iter().map(|file| file.name.as_str()).collect();
+    match names.is_empty() {
+        true => print("no configuration file: everything is as by default\n")?,
+        false => print(&format!("no errors in {}\n", names.join(", ")))?,
+    }
+    Ok(Exit::Ok)
+}
+
+fn show_settings(settings: &Settings, files: &[File], is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{:#}\n", settings.to_json(files)))?,
+        false => print(&settings.to_string())?,
+    }
+    Ok(Exit::Ok)
 }
 
 fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options {
     Options {
         endpoint: endpoint.map(String::from),
-        deadline: timeout.deadline(),
+        deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
         config,
     }

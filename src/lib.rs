@@ -11,6 +11,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod config_files;
 pub mod cover;
 pub mod desired;
 pub mod eni;

@@ -1,8 +1,9 @@
 //! Every number and every choice that could have been otherwise, with its reason; and who owns what.
 
-use std::net::Ipv6Addr;
-
+// A length of time, no clock.
+use core::time::Duration;
 use std::collections::BTreeSet;
+use std::net::Ipv6Addr;
 
 use ipnet::{IpNet, Ipv6Net};
 
@@ -17,6 +18,9 @@ pub const MARK: u8 = 176;
 /// Tables 20000..=29999 hold one table for each slot: 100 a card. In use elsewhere: 2..25 and 10000+100c+d (VPC CNI,
 /// amazon-ec2-net-utils), 10+n (Cilium), 100+n (cloud-init), from 30200 (nm-cloud-setup), 52 (Tailscale), 51820 (wg-quick).
 pub const TABLE_BASE: u32 = 20_000;
+
+/// More than the highest slot that EC2 has takes of tables (100 a card, 1 a device): 32 cards of 24 ENIs.
+pub const SLOTS: u32 = 3_124;
 
 /// Before all our source rules, with room for 387 more before it (`priority_before_guard`), after Tailscale's (5210..5270) and the CNIs' (10..1536).
 pub const GUARD_PRIORITY: u32 = 19_900;
@@ -50,11 +54,41 @@ pub const MAIN_METRIC: u32 = 20_000;
 /// `RTN_LOCAL`: the kernel's own route for an address of this machine.
 pub const LOCAL_ROUTE: u8 = 2;
 
+/// Of the kernel's own rule for `main`: one behind it decides nothing that `main` can.
+pub const MAIN_PRIORITY: u32 = 32_766;
+
+/// Protocol numbers of routes that have an owner, as iproute2's `rt_protos` has them.
+pub const PROTOCOLS_IN_USE: [(u8, &str); 23] = [
+    (1, "the kernel (redirects)"),
+    (2, "the kernel"),
+    (3, "the boot scripts"),
+    (4, "the administrator (static)"),
+    (8, "gated"),
+    (9, "the kernel (router advertisements)"),
+    (10, "mrt"),
+    (11, "zebra"),
+    (12, "bird"),
+    (13, "dnrouted"),
+    (14, "xorp"),
+    (15, "ntk"),
+    (16, "the DHCP client"),
+    (17, "mrouted"),
+    (18, "keepalived"),
+    (42, "babel"),
+    (84, "ovn"),
+    (99, "openr"),
+    (186, "bgp"),
+    (187, "isis"),
+    (188, "ospf"),
+    (189, "rip"),
+    (192, "eigrp"),
+];
+
 /// `RTPROT_KERNEL`: routes that the kernel made for addresses and links.
 pub const KERNEL_PROTOCOL: u8 = 2;
 
 /// The default of a run's deadline: an attached ENI is usually all there within it, and boot does not wait longer.
-pub const TIMEOUT: &str = "30s";
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Kinds of software devices that can stand for an ENI's link: `veth` and `tun` do so in simulations. Any other kind
 /// is stacked on a link, or imitates its MAC (vlan, macvlan, bridge, bond), and is left alone.

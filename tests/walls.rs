@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 20] = [
+const FLOW: [&str; 21] = [
     "net",
     "eni",
     "config",
@@ -19,6 +19,7 @@ const FLOW: [&str; 20] = [
     "ledger",
     "release",
     "report",
+    "config_files",
     "imds",
     "lock",
     "netlink",

@@ -1,0 +1,316 @@
+//! The configuration: what the files mean, how mistakes are told, and that a bad one changes nothing.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use eniup::config::{self, Config, File, Problem, Problems, Rules, Settings};
+use eniup::config_files::{self, Places};
+use support::machine::{Machine, difference, dump, inside, with_scenario};
+
+fn file(name: &str, text: &str) -> File {
+    File { name: name.into(), text: Ok(text.into()) }
+}
+
+fn read(text: &str) -> Result<Settings, Problems> {
+    config::read(&[file("a.toml", text)])
+}
+
+/// Line, column and what is wrong, of each mistake.
+fn mistakes(text: &str) -> Vec<(usize, usize, String)> {
+    let problems = read(text).err().map(|problems| problems.0).unwrap_or_default();
+    let told = |problem: Problem| problem.place.map(|place| (place.line, place.column, problem.what));
+    problems.into_iter().filter_map(told).collect()
+}
+
+#[test]
+fn no_file_and_an_empty_file_mean_the_defaults() {
+    assert_eq!(config::read(&[]).unwrap().config, Config::default());
+    assert_eq!(read("# nothing\n").unwrap().config, Config::default());
+}
+
+#[test]
+fn every_key_reaches_its_field() {
+    let text = "rules = 'per-address'\ntimeout = '2m'\n[numbers]\nmark = 200\ntable_base = 21_000\n\
+                guard_priority = 0x4E20\nsubnet_rule_offset = 3_500\nlink_group = 7\n";
+    let expected = Config {
+        mark: 200,
+        table_base: 21_000,
+        guard_priority: 20_000,
+        subnet_rule_offset: 3_500,
+        link_group: 7,
+        rules: Rules::PerAddress,
+        timeout: std::time::Duration::from_secs(120),
+    };
+    let settings = read(text).unwrap();
+    assert_eq!(settings.config, expected);
+    assert_eq!(settings.origins["numbers.mark"].to_string(), "a.toml:4");
+}
+
+#[test]
+fn all_mistakes_are_told_at_once_each_with_its_place() {
+    let text = "ruls = 'per-address'\nrules = 'per-adress'\ntimeout = 30\n[numbers]\nmark = 2\n  table-base = 1\n";
+    let expected = [
+        (1, 1, "unknown key `ruls`"),
+        (2, 9, "`rules`: \"per-adress\" is not one of \"aggregated\", \"per-address\""),
+        (3, 11, "`timeout`: a text in quotes is expected, not a whole number"),
+        (5, 8, "`mark`: protocol 2 is the kernel's, and eniup removes what carries its mark"),
+        (6, 3, "unknown key `table-base`"),
+    ];
+    let expected: Vec<_> = expected.iter().map(|(line, column, what)| (*line, *column, what.to_string())).collect();
+    assert_eq!(mistakes(text), expected);
+}
+
+#[test]
+fn broken_toml_does_not_hide_what_is_wrong_elsewhere_in_the_file() {
+    let lines: Vec<usize> = mistakes("rules = \ntimeout \"3\"\nruls = 1\n").iter().map(|(line, ..)| *line).collect();
+    assert_eq!(lines, [1, 2, 3]);
+}
+
+#[test]
+fn the_offending_text_is_underlined_and_the_nearest_word_offered() {
+    let shown = read("# wide: 語\nruls = \"per-address\"\n").unwrap_err().to_string();
+    let expected = "\
+the configuration has 1 error; nothing was changed
+
+error: unknown key `ruls`
+ --> a.toml:2:1
+  |
+2 | ruls = \"per-address\"
+  | ^^^^
+  |
+  = help: did you mean `rules`?";
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn numbers_that_cannot_be_together_are_told_where_the_last_of_them_stands() {
+    let (line, _, what) = mistakes("[numbers]\nguard_priority = 20000\n").remove(0);
+    assert!(line == 2 && what.contains("below `table_base` (20000)"), "{what}");
+    let (line, _, what) = mistakes("[numbers]\ntable_base = 25000\nsubnet_rule_offset = 4000\n").remove(0);
+    assert!(line == 3 && what.contains("32766"), "{what}");
+    let early = file("a.toml", "[numbers]\nsubnet_rule_offset = 9000");
+    let late = file("b.toml", "[numbers]\ntable_base = 15000\nguard_priority = 10000");
+    assert!(config::read(&[early.clone(), late]).is_err());
+    let late = file("b.toml", "[numbers]\ntable_base = 10000\nguard_priority = 9900");
+    assert!(config::read(&[early, late]).is_ok());
+}
+
+#[test]
+fn what_is_shown_is_a_file_that_means_the_same() {
+    let settings = read("rules = 'per-address'\ntimeout = '1m 5s'\n[numbers]\nmark = 200\n").unwrap();
+    let shown = settings.to_string();
+    assert!(shown.contains("timeout = \"1m 5s\""), "{shown}");
+    assert!(shown.lines().any(|line| line.starts_with("mark = 200 ") && line.ends_with("# a.toml:4")), "{shown}");
+    assert!(
+        shown.lines().any(|line| line.starts_with("link_group = 20000 ") && line.ends_with("# default")),
+        "{shown}"
+    );
+    assert_eq!(read(&shown).unwrap().config, settings.config);
+}
+
+#[test]
+fn a_later_file_overrides_an_earlier_one_value_by_value() {
+    let first = file("a.toml", "rules = 'per-address'\ntimeout = '10s'\n");
+    let settings = config::read(&[first, file("b.toml", "\ntimeout = '20s'\n")]).unwrap();
+    assert_eq!((settings.config.rules, settings.config.timeout.as_secs()), (Rules::PerAddress, 20));
+    assert_eq!((settings.origin("rules"), settings.origin("timeout")), ("a.toml:1".into(), "b.toml:2".into()));
+}
+
+/// The main file and three folders, with these files in them.
+fn places(root: &Path, files: &[(&str, &str)]) -> Places {
+    for (path, text) in files {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    let drop_ins = ["usr/lib", "run", "etc"].map(|folder| root.join(folder).join("config.d"));
+    Places { main: root.join("etc/config.toml"), drop_ins: drop_ins.into() }
+}
+
+/// What is read from there, in order, without the path of the root.
+fn read_order(root: &Path, places: &Places) -> Vec<String> {
+    let name = |file: File| Path::new(&file.name).strip_prefix(root).unwrap().display().to_string();
+    config_files::read_all(places).into_iter().map(name).collect()
+}
+
+#[test]
+fn drop_ins_are_read_by_name_and_mask_those_of_earlier_folders() {
+    let root = tempfile::tempdir().unwrap();
+    let files = [
+        ("usr/lib/config.d/10-a.toml", ""),
+        ("usr/lib/config.d/20-b.toml", ""),
+        ("usr/lib/config.d/90-z.toml", ""),
+        ("run/config.d/20-b.toml", ""),
+        ("run/config.d/30-c.toml", ""),
+        ("etc/config.toml", ""),
+        ("etc/config.d/30-c.toml", ""),
+        ("etc/config.d/05-first.toml", ""),
+        ("etc/config.d/.06-hidden.toml", "nonsense"),
+        ("etc/config.d/07-backup.toml~", "nonsense"),
+        ("etc/config.d/README", "nonsense"),
+    ];
+    let places = places(root.path(), &files);
+    let expected = [
+        "etc/config.toml",
+        "etc/config.d/05-first.toml",
+        "usr/lib/config.d/10-a.toml",
+        "run/config.d/20-b.toml",
+        "etc/config.d/30-c.toml",
+        "usr/lib/config.d/90-z.toml",
+    ];
+    assert_eq!(read_order(root.path(), &places), expected);
+    // Switched off as systemd's are.
+    std::os::unix::fs::symlink("/dev/null", root.path().join("etc/config.d/90-z.toml")).unwrap();
+    assert_eq!(read_order(root.path(), &places).last().unwrap(), "etc/config.d/90-z.toml");
+    assert!(config::read(&config_files::read_all(&places)).is_ok());
+}
+
+#[test]
+fn the_places_are_systemds() {
+    let Places { main, drop_ins } = Places::default();
+    assert_eq!(main, Path::new("/etc/eniup/config.toml"));
+    let expected = ["/usr/lib/eniup/config.d", "/run/eniup/config.d", "/etc/eniup/config.d"];
+    assert_eq!(drop_ins, expected.map(std::path::PathBuf::from));
+}
+
+#[test]
+fn what_is_there_and_cannot_be_read_is_an_error_and_hides_no_other() {
+    let root = tempfile::tempdir().unwrap();
+    let places = places(root.path(), &[("etc/config.d/10-a.toml", "ruls = 1"), ("usr/lib/config.d", "a file")]);
+    std::os::unix::fs::symlink("/nowhere", root.path().join("etc/config.d/20-b.toml")).unwrap();
+    let problems = config::read(&config_files::read_all(&places)).unwrap_err().to_string();
+    for words in
+        ["usr/lib/config.d cannot be read: Not a directory", "10-a.toml:1:1", "20-b.toml cannot be read", "3 errors"]
+    {
+        assert!(problems.contains(words), "`{words}` is missing: {problems}");
+    }
+}
+
+fn write(machine: &Machine, text: &str) -> Result<String> {
+    fs::create_dir_all(&machine.directory)?;
+    let file = machine.directory.join("config.toml");
+    fs::write(&file, text)?;
+    Ok(file.display().to_string())
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_every_verb_says_so() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            machine.reconcile(0)?;
+            let before = dump()?;
+            let file = write(machine, "ruls = 'per-address'\n[numbers]\nmark = 0\n")?;
+            for verb in [
+                "reconcile",
+                "reconcile --dry-run",
+                "plan",
+                "status",
+                "release",
+                "release --dry-run",
+                "config check",
+                "config show",
+            ] {
+                let run = machine.eniup(&format!("{verb} --config {file}"))?;
+                ensure!(run.exit == 78 && run.stdout.is_empty(), "{verb}: exit {}: {}", run.exit, run.stdout);
+                for words in ["config.toml:1:1", "`rules`", "config.toml:3:8", "2 errors"] {
+                    ensure!(run.stderr.contains(words), "{verb}: `{words}` is missing: {}", run.stderr);
+                }
+            }
+            ensure!(difference(&before, &dump()?).is_empty(), "something was changed");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_file_that_was_asked_for_and_cannot_be_read_is_named() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let latin = machine.directory.join("latin.toml");
+            fs::create_dir_all(&machine.directory)?;
+            fs::write(&latin, b"# caf\xe9\n")?;
+            let latin = latin.display().to_string();
+            for (file, words) in [
+                ("/run/nothing.toml", "No such file"),
+                ("/run", "Is a directory"),
+                ("/dev/zero", "larger than 1 MiB"),
+                (&latin, "not UTF-8 (byte 5, on line 1)"),
+            ] {
+                let run = machine.eniup(&format!("plan --config {file}"))?;
+                ensure!(run.exit == 78 && run.stdout.is_empty(), "{file}: exit {}: {}", run.exit, run.stdout);
+                ensure!(run.stderr.contains(file) && run.stderr.contains(words), "{file}: {}", run.stderr);
+            }
+            Ok(())
+        })
+    });
+}
+
+/// Gives this process, which lives in a mount namespace of its own, another /etc.
+fn empty_etc() -> Result<()> {
+    let (kind, etc) = (c"tmpfs", c"/etc");
+    // SAFETY: both are strings, and no data is passed.
+    let result = unsafe { libc::mount(kind.as_ptr(), etc.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    ensure!(result == 0, "mounting on /etc: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+#[test]
+fn the_files_of_the_machine_are_found_and_shown() {
+    inside(|| {
+        empty_etc()?;
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let none = machine.eniup("config check")?;
+            ensure!(none.exit == 0 && none.stdout.contains("no configuration file"), "{}", none.stdout);
+            for (file, text) in [
+                ("/etc/eniup/config.toml", "timeout = '10s'\n"),
+                ("/etc/eniup/config.d/50-a.toml", "timeout = '20s'\n"),
+                ("/run/eniup/config.d/60-b.toml", "rules = 'per-address'\n"),
+                ("/run/eniup/config.d/50-a.toml", "masked, so nobody minds"),
+            ] {
+                fs::create_dir_all(Path::new(file).parent().context("no folder")?)?;
+                fs::write(file, text)?;
+            }
+            let check = machine.eniup("config check")?;
+            let names = "/etc/eniup/config.toml, /etc/eniup/config.d/50-a.toml, /run/eniup/config.d/60-b.toml";
+            ensure!(check.exit == 0 && check.stdout == format!("no errors in {names}\n"), "{}", check.stdout);
+            let shown = machine.eniup("config show")?.stdout;
+            for line in
+                ["rules = \"per-address\"", "/run/eniup/config.d/60-b.toml:1", "/etc/eniup/config.d/50-a.toml:1"]
+            {
+                ensure!(shown.contains(line), "`{line}` is missing: {shown}");
+            }
+            let json: serde_json::Value = serde_json::from_str(&machine.eniup("config show --json")?.stdout)?;
+            ensure!(json["schema"] == 1 && json["files"].as_array().is_some_and(|files| files.len() == 3), "{json}");
+            ensure!(json["values"][0]["file"] == "/run/eniup/config.d/60-b.toml", "{json}");
+            fs::write("/etc/eniup/config.d/70-c.toml", "timeout = 'soon'\n")?;
+            let check = machine.eniup("config check")?;
+            ensure!(
+                check.exit == 78 && check.stderr.contains("/etc/eniup/config.d/70-c.toml:1:11"),
+                "{}",
+                check.stderr
+            );
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn the_form_of_the_rules_is_chosen_in_the_file() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let file = write(machine, "rules = 'per-address'\n")?;
+            let few = machine.eniup("plan")?.stdout.matches(" rule add ").count();
+            let many = machine.eniup(&format!("plan --config {file}"))?.stdout.matches(" rule add ").count();
+            ensure!(many > few, "{many} rules with one for each address, {few} otherwise");
+            let run = machine.eniup(&format!("reconcile --config {file}"))?;
+            ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+            let plan = machine.eniup(&format!("plan --detailed-exitcode --config {file}"))?;
+            ensure!(plan.exit == 0 && plan.stdout.is_empty(), "something is left to do: {}", plan.stdout);
+            Ok(())
+        })
+        .context("per-address")
+    });
+}
