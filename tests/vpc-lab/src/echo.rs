@@ -17,10 +17,16 @@ use nix::sys::socket::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::kernel;
 use crate::node::Node;
 
 /// Where every node listens, UDP and TCP.
 pub const PORT: u16 = 7007;
+/// Where every node sends back all that comes by TCP, for as long as the client likes.
+pub const FLOW_PORT: u16 = 7008;
+
+/// Bytes of datagrams that wait for their answer.
+const QUEUE: usize = 4 << 20;
 
 /// What tells one probe from every other.
 pub const NONCE: usize = 8;
@@ -41,6 +47,7 @@ pub struct Echo {
 struct Sockets {
     udp: [Socket; 2],
     tcp: [TcpListener; 2],
+    flows: [TcpListener; 2],
     icmp: [Socket; 2],
     /// Who sent which ping. Its lock is held while one is read from a socket.
     pings: Pings,
@@ -78,19 +85,22 @@ impl Drop for Echo {
 impl Sockets {
     fn open() -> Result<Sockets> {
         let any: [IpAddr; 2] = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-        let [tcp4, tcp6] = any.map(|any| {
+        let listener = |any: IpAddr, port: u16| {
             let socket = Socket::new(domain(any), Type::STREAM, Some(Protocol::TCP))?;
-            listen_on_one_family(&socket, any)?;
+            listen_on_one_family(&socket, any, port)?;
             socket.listen(1024)?;
             io::Result::Ok(TcpListener::from(socket))
-        });
+        };
+        let [tcp4, tcp6] = any.map(|any| listener(any, PORT));
+        let [flows4, flows6] = any.map(|any| listener(any, FLOW_PORT));
         let [udp4, udp6] = any.map(|any| {
             let socket = Socket::new(domain(any), Type::DGRAM, Some(Protocol::UDP))?;
             match any {
                 IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
                 IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
             }
-            listen_on_one_family(&socket, any)?;
+            kernel::set_receive_queue(&socket, QUEUE)?;
+            listen_on_one_family(&socket, any, PORT)?;
             io::Result::Ok(socket)
         });
         let [icmp4, icmp6] = any.map(|any| {
@@ -99,13 +109,19 @@ impl Sockets {
             socket.set_nonblocking(true)?;
             io::Result::Ok(socket)
         });
-        Ok(Sockets { udp: [udp4?, udp6?], tcp: [tcp4?, tcp6?], icmp: [icmp4?, icmp6?], pings: Pings::default() })
+        Ok(Sockets {
+            udp: [udp4?, udp6?],
+            tcp: [tcp4?, tcp6?],
+            flows: [flows4?, flows6?],
+            icmp: [icmp4?, icmp6?],
+            pings: Pings::default(),
+        })
     }
 
     fn serve(&self, stopped: &UnixStream) {
         let datagrams = self.udp.iter().chain(&self.icmp).map(AsFd::as_fd);
-        let descriptors: Vec<BorrowedFd> =
-            std::iter::once(stopped.as_fd()).chain(datagrams).chain(self.tcp.iter().map(AsFd::as_fd)).collect();
+        let listeners = self.tcp.iter().chain(&self.flows).map(AsFd::as_fd);
+        let descriptors: Vec<BorrowedFd> = std::iter::once(stopped.as_fd()).chain(datagrams).chain(listeners).collect();
         loop {
             let mut polled: Vec<PollFd> = descriptors.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
             if poll(&mut polled, PollTimeout::NONE).is_err() {
@@ -121,6 +137,11 @@ impl Sockets {
             for listener in &self.tcp {
                 while let Ok((stream, from)) = listener.accept() {
                     std::thread::spawn(move || answer_stream(stream, from.ip()));
+                }
+            }
+            for listener in &self.flows {
+                while let Ok((stream, _)) = listener.accept() {
+                    std::thread::spawn(move || send_back(stream));
                 }
             }
         }
@@ -143,13 +164,13 @@ fn domain(address: IpAddr) -> Domain {
     if address.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 }
 }
 
-fn listen_on_one_family(socket: &Socket, any: IpAddr) -> io::Result<()> {
+fn listen_on_one_family(socket: &Socket, any: IpAddr, port: u16) -> io::Result<()> {
     if any.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::new(any, PORT).into())
+    socket.bind(&SocketAddr::new(any, port).into())
 }
 
 fn answer_datagram(socket: &Socket) -> io::Result<()> {
@@ -212,5 +233,22 @@ fn answer_stream(mut stream: TcpStream, from: IpAddr) {
         stream.write_all(&[&nonce[..], from.to_string().as_bytes()].concat())
     };
     // A client that went away has seen what it wanted, or reports it itself.
+    let _ = talk();
+}
+
+/// All that comes, until the client ends it.
+fn send_back(mut stream: TcpStream) {
+    let mut talk = || -> io::Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_nodelay(true)?;
+        let mut buffer = [0; 4096];
+        loop {
+            match stream.read(&mut buffer)? {
+                0 => return Ok(()),
+                length => stream.write_all(&buffer[..length])?,
+            }
+        }
+    };
+    // The client counts what came back, and so sees it if this ends early.
     let _ = talk();
 }

@@ -7,7 +7,9 @@ pub mod dhcp;
 pub mod echo;
 pub mod fabric;
 pub mod figures;
+pub mod flows;
 pub mod forward;
+pub mod ground;
 pub mod imds;
 pub mod kernel;
 pub mod lab;
@@ -21,6 +23,7 @@ pub mod sandbox;
 pub mod scene;
 pub mod shell;
 pub mod table;
+pub mod trials;
 pub mod vpc;
 pub mod wire;
 
