@@ -429,7 +429,10 @@ impl Unwanted<'_> {
                 steps.push(self.step(self.eni_of_link(*index), operation, "metadata does not have it on this ENI"));
             }
         }
-        for rule in self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)) {
+        let mut rules: Vec<&Rule> = self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)).collect();
+        // Rules for bound sockets go last: they tell of which link a table was, also to the run after one that is killed.
+        rules.sort_by_key(|rule| rule.oif.is_some());
+        for rule in rules {
             if policy::owns_rule(self.config, rule) && self.rule_may_go(rule) {
                 let operation = Operation::DeleteRule { rule: rule.clone() };
                 steps.push(self.step(self.eni_of_table(rule.table), operation, "no ENI needs it"));
@@ -503,16 +506,19 @@ impl Unwanted<'_> {
     }
 
     /// Whether this is the table of an ENI whose link has left the machine: no route by any link is in it, and its rule
-    /// for bound sockets names a link that is not here. Its rules lead nowhere, and one for a whole subnet would cut off
-    /// another ENI that has come into that subnet.
+    /// for bound sockets names a link that is not here, or no rule leads to it any more. Its rules lead nowhere, and one
+    /// for a whole subnet would cut off another ENI that has come into that subnet.
     fn is_link_gone(&self, table: u32) -> bool {
         let of_table = |rule: &&Rule| rule.table == table && policy::owns_rule(self.config, rule);
-        let mut names = self.observed.rules.iter().filter(of_table).filter_map(|rule| rule.oif.as_ref()).peekable();
+        let mut rules = self.observed.rules.iter().filter(of_table).peekable();
+        let has_rule = rules.peek().is_some();
+        let mut names = rules.filter_map(|rule| rule.oif.as_ref()).peekable();
         // A name that another ENI's link has by now says nothing.
         let is_others = |link: &Link| self.eni_of_link(link.index).is_some();
         let is_here = |name: &String| self.observed.links.values().any(|link| link.name == *name && !is_others(link));
         let has_route = self.observed.routes.iter().any(|(link, route)| link.is_some() && route.table == table);
-        names.peek().is_some() && !has_route && !names.any(is_here) && self.eni_of_table(table).is_none()
+        let is_told = names.peek().is_some() || !has_rule;
+        is_told && !has_route && !names.any(is_here) && self.eni_of_table(table).is_none()
     }
 
     fn is_table_in_trouble(&self, table: u32) -> bool {

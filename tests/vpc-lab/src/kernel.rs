@@ -1,6 +1,7 @@
 //! What the lab itself sets up in a network namespace, as a distribution, a container engine or an administrator would:
 //! links, addresses, routes, by netlink of its own. Everything acts on the namespace of the calling thread.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
 use std::io;
@@ -9,8 +10,10 @@ use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, bail};
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, CacheInfo};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
@@ -21,6 +24,8 @@ use socket2::{Domain, Socket as Socket2, Type};
 
 use crate::vpc::Mac;
 
+/// `RTPROT_KERNEL`: routes that the kernel makes for links and addresses.
+const KERNEL: u8 = 2;
 /// `RTPROT_STATIC`, `RTPROT_RA` and `RTPROT_DHCP`.
 pub const STATIC: u8 = 4;
 pub const RA: u8 = 9;
@@ -292,6 +297,71 @@ fn change(message: RouteNetlinkMessage, flags: u16) -> Result<()> {
         NetlinkPayload::Error(error) if error.code.is_none() => Ok(()),
         NetlinkPayload::Error(error) => Err(error.to_io().into()),
         other => bail!("the kernel answered {other:?}"),
+    }
+}
+
+/// Addresses, routes and rules that carry another protocol number than this one, each as text that changes when the object
+/// does; without the kernel's own routes and without what only counts time.
+pub fn objects_but_of(protocol: u8) -> Result<BTreeSet<String>> {
+    let mut objects = BTreeSet::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let (mut route, mut rule) = (RouteMessage::default(), RuleMessage::default());
+        route.header.address_family = family;
+        rule.header.family = family;
+        for request in [RouteNetlinkMessage::GetRoute(route), RouteNetlinkMessage::GetRule(rule)] {
+            objects.extend(dump(request)?.into_iter().filter_map(|message| shown_unless(message, protocol)));
+        }
+    }
+    let addresses = dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+    objects.extend(addresses.into_iter().filter_map(|message| shown_unless(message, protocol)));
+    Ok(objects)
+}
+
+fn shown_unless(message: RouteNetlinkMessage, protocol: u8) -> Option<String> {
+    match message {
+        RouteNetlinkMessage::NewAddress(mut address) => {
+            let is_its = |attribute: &AddressAttribute| matches!(attribute, AddressAttribute::Protocol(number) if u8::from(*number) == protocol);
+            let is_its = address.attributes.iter().any(is_its);
+            address.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::CacheInfo(_)));
+            // Link-local ones are the kernel's, and change by themselves while they are tried.
+            (!is_its && address.header.scope != AddressScope::Link).then(|| format!("{address:?}"))
+        }
+        RouteNetlinkMessage::NewRoute(mut route) => {
+            let number = u8::from(route.header.protocol);
+            route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
+            (number != protocol && number != KERNEL).then(|| format!("{route:?}"))
+        }
+        RouteNetlinkMessage::NewRule(rule) => {
+            let is_its = |attribute: &RuleAttribute| matches!(attribute, RuleAttribute::Protocol(number) if u8::from(*number) == protocol);
+            (!rule.attributes.iter().any(is_its)).then(|| format!("{rule:?}"))
+        }
+        _ => None,
+    }
+}
+
+fn dump(request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut message = NetlinkMessage::from(request);
+    message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    message.finalize();
+    let mut buffer = vec![0; message.buffer_len()];
+    message.serialize(&mut buffer);
+    socket.send(&buffer, 0)?;
+    let mut messages = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)?;
+            rest = rest.get((message.header.length as usize).next_multiple_of(4)..).unwrap_or_default();
+            match message.payload {
+                NetlinkPayload::InnerMessage(inner) => messages.push(inner),
+                NetlinkPayload::Done(_) => return Ok(messages),
+                other => bail!("{other:?} in a dump"),
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod fabric;
 pub mod figures;
 pub mod flows;
 pub mod forward;
+pub mod ground;
 pub mod imds;
 pub mod kernel;
 pub mod lab;
@@ -23,6 +24,7 @@ pub mod scene;
 pub mod shell;
 pub mod storm;
 pub mod table;
+pub mod trials;
 pub mod vpc;
 pub mod wire;
 

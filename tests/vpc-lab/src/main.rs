@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use vpc_lab::matrix::{self, How};
+use vpc_lab::trials::{self, Trial};
 use vpc_lab::{demo, figures, sandbox, shell, storm};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
@@ -53,6 +54,20 @@ enum Verb {
         #[arg(long, default_value_t = 5)]
         rounds: u32,
     },
+    /// Repeat a trial with everything that is left to chance drawn from seeds; prints what it came to.
+    Trial {
+        #[arg(value_enum)]
+        trial: Trial,
+        /// How many seeds.
+        #[arg(long, default_value_t = 100)]
+        count: u64,
+        /// The first of them.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        /// VPCs that share the work.
+        #[arg(long, default_value_t = 1)]
+        jobs: u64,
+    },
     /// Measure what `eniup reconcile` costs for 1, 4 and 15 ENIs with ten addresses each.
     Figures,
 }
@@ -91,6 +106,7 @@ fn run() -> Result<ExitCode> {
             show(&report)
         }
         Verb::NatBox { conversations, rounds } => show(&storm::nat_box(&eniup, conversations, rounds)?),
+        Verb::Trial { trial, count, first, jobs } => trials::repeat(trial, &eniup, first..first + count, jobs)?,
         Verb::Figures => {
             figures::measure(&eniup)?;
             true
