@@ -169,7 +169,7 @@ pub fn play(eniup: impl Into<std::path::PathBuf>) -> Result<bool> {
     heading("At the end");
     is_right &= demo.look("at the end", true)?;
     let verdict = match is_right {
-        true => paint("Every exchange is right, and the VPC dropped nothing.", Style::Good, has_colour()),
+        true => paint("Every exchange is right, and nothing left by a wrong ENI.", Style::Good, has_colour()),
         false => paint("Something is wrong: see above.", Style::Bad, has_colour()),
     };
     println!("{verdict}");

@@ -27,7 +27,8 @@ pub enum Verdict {
     /// Back out of the port by which it came.
     Reply(Vec<u8>),
     Drop(Reason),
-    /// Chatter that a VPC does not carry and nobody misses: multicast, broadcast, gratuitous ARP.
+    /// Nothing that would be carried anywhere: an ENI's questions about itself (gratuitous ARP, duplicate address detection),
+    /// and what hosts outside the VPC say to nobody.
     Ignore,
 }
 
@@ -39,6 +40,12 @@ pub enum Reason {
     WrongEni,
     /// The source check: of no ENI of the instance. It forwards, perhaps to an address that it does not have yet.
     SourceAddress,
+    /// Multicast, broadcast and link-local traffic: a VPC carries none of it.
+    LocalOnly,
+    /// Neither ARP nor IP.
+    NotIp,
+    /// ARP or neighbour discovery for an address that no ENI of the subnet has.
+    Unanswered,
     /// The destination check: handed to an ENI that does not have the address.
     DestinationCheck,
     NoRoute,
@@ -57,6 +64,9 @@ impl fmt::Display for Reason {
             Reason::SourceMac => "source-mac",
             Reason::WrongEni => "wrong-eni",
             Reason::SourceAddress => "source-address",
+            Reason::LocalOnly => "local-only",
+            Reason::NotIp => "not-ip",
+            Reason::Unanswered => "unanswered",
             Reason::DestinationCheck => "destination-check",
             Reason::NoRoute => "no-route",
             Reason::NoPublicAddress => "no-public-address",
@@ -167,7 +177,7 @@ fn from_eni(world: &World, eni: &Eni, frame: &Frame, packet: Option<Packet>) -> 
     if let Some(asked) = asked(frame, packet) {
         return answer(world, eni, &asked);
     }
-    let Some(packet) = packet else { return Verdict::Ignore };
+    let Some(packet) = packet else { return Verdict::Drop(Reason::NotIp) };
     if wire::is_router_solicitation(frame.bytes, &packet) {
         let IpAddr::V6(asker) = packet.source else { return Verdict::Ignore };
         let has_ipv6 = subnets(world, eni).iter().any(|net| net.addr().is_ipv6());
@@ -179,13 +189,18 @@ fn from_eni(world: &World, eni: &Eni, frame: &Frame, packet: Option<Packet>) -> 
     if packet.protocol == wire::UDP && dhcp::is_for_server(&frame.bytes[packet.transport.min(frame.bytes.len())..]) {
         return lease(world, eni, frame, &packet).map_or(Verdict::Ignore, Verdict::Reply);
     }
-    if is_multicast(packet.destination) || is_link_local(packet.destination) || is_link_local(packet.source) {
-        return Verdict::Ignore;
+    let is_local_only = is_multicast(packet.destination) || is_link_local(packet.destination);
+    let is_local_source = is_link_local(packet.source) || packet.source.is_unspecified();
+    if is_local_only && is_local_source {
+        return Verdict::Drop(Reason::LocalOnly);
     }
     if eni.source_dest_check && !eni.owns(packet.source) {
         let at = eni.attachment.as_ref().map(|at| at.instance.as_str()).unwrap_or_default();
         let is_of_instance = world.enis_of(at).iter().any(|other| other.owns(packet.source));
         return Verdict::Drop(if is_of_instance { Reason::WrongEni } else { Reason::SourceAddress });
+    }
+    if is_local_only || is_local_source {
+        return Verdict::Drop(Reason::LocalOnly);
     }
     if frame.destination == ROUTER_MAC { route(world, eni, frame, &packet) } else { switch(world, eni, frame, &packet) }
 }
@@ -204,7 +219,7 @@ fn answer(world: &World, eni: &Eni, asked: &Asked) -> Verdict {
         return Verdict::Reply(asked.reply(ROUTER_MAC));
     }
     let neighbour = world.enis.values().find(|other| other.subnet == eni.subnet && other.owns(address));
-    neighbour.map_or(Verdict::Ignore, |neighbour| Verdict::Reply(asked.reply(neighbour.mac)))
+    neighbour.map_or(Verdict::Drop(Reason::Unanswered), |neighbour| Verdict::Reply(asked.reply(neighbour.mac)))
 }
 
 fn lease(world: &World, eni: &Eni, frame: &Frame, packet: &Packet) -> Option<Vec<u8>> {

@@ -450,7 +450,9 @@ fn respond(shared: &Shared, request: &Request, fault: Option<&Action>) -> Respon
 const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 const TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN_PATH: &str = "/latest/api/token";
-const METADATA_PATH: &str = "/latest/meta-data";
+
+/// Some of the dated versions that the service lists; each reads as `latest` does.
+const VERSIONS: [&str; 4] = ["2018-09-24", "2021-01-03", "2022-09-24", "latest"];
 
 #[derive(Debug, PartialEq, Eq)]
 enum Permission {
@@ -487,14 +489,17 @@ fn permit(request: &Request, tokens: &Tokens, now: Instant) -> Permission {
 }
 
 fn read(tree: &Published, path: &str, now: Instant) -> Response {
-    let answer = match path {
-        "/" => Answer::Listing(vec!["latest".to_string()]),
-        "/latest" | "/latest/" => Answer::Listing(vec!["meta-data".to_string()]),
-        _ => match path.strip_prefix(METADATA_PATH) {
-            Some("") => tree.get("", now),
-            Some(below) if below.starts_with('/') => tree.get(&below[1..], now),
-            _ => Answer::NotFound,
-        },
+    let (version, below) = match path.trim_start_matches('/').split_once('/') {
+        Some((version, below)) => (version, below),
+        None => (path.trim_start_matches('/'), ""),
+    };
+    let is_version = VERSIONS.contains(&version);
+    let answer = match below.strip_prefix("meta-data") {
+        _ if path == "/" => Answer::Listing(VERSIONS.map(String::from).into()),
+        None if is_version && below.is_empty() => Answer::Listing(vec!["meta-data/".to_string()]),
+        Some("") if is_version => tree.get("", now),
+        Some(below) if is_version && below.starts_with('/') => tree.get(&below[1..], now),
+        Some(_) | None => Answer::NotFound,
     };
     match answer {
         Answer::Value(text) => Response::text(text),
@@ -570,7 +575,7 @@ impl FaultState {
 }
 
 fn matches_path(pattern: &str, path: &str) -> bool {
-    let below = path.strip_prefix(METADATA_PATH).and_then(|below| below.strip_prefix('/'));
+    let below = path.strip_prefix("/latest/meta-data/");
     metadata::glob(pattern, path) || below.is_some_and(|below| metadata::glob(pattern, below))
 }
 

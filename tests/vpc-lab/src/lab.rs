@@ -136,8 +136,6 @@ impl Lab {
     /// A fresh namespace with the instance's links, as its kernel finds them.
     fn boot(&mut self, name: &str) -> Result<()> {
         let node = Node::create(name)?;
-        // Pings of programs without privilege, as distributions allow them.
-        node.sysctl("ipv4/ping_group_range", "0 0")?;
         self.echoes.insert(name.into(), Echo::start(&node)?);
         self.nodes.insert(name.into(), node);
         let instance = self.machine(name)?.instance.clone();
@@ -279,6 +277,8 @@ impl Lab {
 
     /// Detaches an ENI and attaches it to another instance: the classic failover.
     pub fn move_network_interface(&mut self, eni: &str, name: &str, card: u32, device: u32) -> Result<()> {
+        let instance = self.machine(name)?.instance.clone();
+        self.fabric.world(|world| world.ensure_slot_is_free(&instance, card, device))?;
         self.detach_network_interface(eni)?;
         self.attach_network_interface(eni, name, card, device)
     }
@@ -320,7 +320,6 @@ impl Lab {
     pub fn add_internet_host(&mut self, name: &str, ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Result<()> {
         let mac = self.fabric.world(|world| world.add_internet_host(name, ipv4, ipv6));
         let node = Node::create(name)?;
-        node.sysctl("ipv4/ping_group_range", "0 0")?;
         self.fabric.plug(Port::Internet(name.into()), Cable::plug_into(&node, "eth0", mac)?)?;
         node.enter(|| {
             kernel::sysctl("ipv6/conf/eth0/accept_ra", "0")?;
@@ -340,7 +339,6 @@ impl Lab {
     pub fn add_container(&mut self, name: &str, on: &str, bridge: &str, net: Ipv4Net) -> Result<()> {
         let gateway = net.hosts().next().context("the container's net is too small")?;
         let container = Node::create(name)?;
-        container.sysctl("ipv4/ping_group_range", "0 0")?;
         let host_end = format!("veth{}", self.nodes.len());
         let namespace = container.namespace();
         self.node(on)?.enter(|| {
@@ -367,7 +365,6 @@ impl Lab {
     /// A container with addresses of a delegated prefix, in the manner of the VPC CNI: a host route to each of them.
     pub fn add_pod(&mut self, name: &str, on: &str, addresses: &[IpAddr]) -> Result<()> {
         let pod = Node::create(name)?;
-        pod.sysctl("ipv4/ping_group_range", "0 0")?;
         let host_end = format!("pod{}", self.nodes.len());
         let namespace = pod.namespace();
         let (router4, router6) = (Ipv4Addr::new(169, 254, 1, 1), Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
@@ -405,7 +402,6 @@ impl Lab {
     /// A tunnel from an instance to a node, whose end on the instance has this name. All that the node says goes there.
     pub fn add_tunnel(&mut self, name: &str, on: &str, link: &str, own: &[IpNet], other: &[IpAddr]) -> Result<()> {
         let far = Node::create(name)?;
-        far.sysctl("ipv4/ping_group_range", "0 0")?;
         let namespace = far.namespace();
         self.node(on)?.enter(|| {
             kernel::create_veth(link, "tun0", &namespace.as_raw_fd())?;

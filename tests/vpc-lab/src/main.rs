@@ -73,6 +73,9 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    // A reader that went away (`| head`) has what it wanted.
+    // SAFETY: only changes how this process takes a signal.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     match run() {
         Ok(code) => code,
         Err(error) => {
@@ -85,6 +88,11 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitCode> {
     let cli = Cli::parse();
     if !sandbox::is_inside() {
+        if matches!(cli.command, Verb::Shell) {
+            // Ctrl-C is for the programs that run in the shell, not for the lab around them.
+            // SAFETY: only changes how this process and its children take a signal.
+            unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
+        }
         return enter(cli.eniup);
     }
     let eniup = cli.eniup.context("inside the sandbox the binary is given")?;
@@ -138,9 +146,6 @@ fn enter(eniup: Option<PathBuf>) -> Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(std::env::args_os().skip(1)).env("ENIUP", eniup);
     sandbox::prepare(&mut command);
-    // Ctrl-C reaches the lab too, and the lab decides.
-    // SAFETY: only changes how this process takes a signal.
-    unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
     let status = command.status().map_err(sandbox::explain)?;
     Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
 }

@@ -28,6 +28,10 @@ impl Node {
             // SAFETY: moves this thread alone into a new network namespace.
             check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).context("making a network namespace")?;
             kernel::set_up("lo")?;
+            // Pings of programs without privilege, as distributions allow them.
+            kernel::sysctl("ipv4/ping_group_range", "0 0")?;
+            // An answer that was lost is not sent again a second later, into whatever is being watched then.
+            kernel::sysctl("ipv4/tcp_synack_retries", "0")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
         };
         let namespace = on_a_thread(make).with_context(|| format!("making the node {name}"))?;

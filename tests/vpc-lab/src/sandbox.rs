@@ -16,8 +16,9 @@ pub fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Lets the command run in new namespaces: network, mounts with an empty `/run`, and as an ordinary user also a user
-/// namespace in which it is root. It ends with the thread that starts it.
+/// Lets the command run in new namespaces: network, mounts with an empty `/run`, processes, and as an ordinary user also a
+/// user namespace in which it is root. It ends with the thread that starts it, and everything that it has started ends
+/// with it.
 pub fn prepare(command: &mut Command) {
     // SAFETY: geteuid and getegid always succeed.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
@@ -28,7 +29,8 @@ pub fn prepare(command: &mut Command) {
     let path = |path: &str| CString::new(path).unwrap_or_default();
     let (setgroups, uid_path, gid_path) =
         (path("/proc/self/setgroups"), path("/proc/self/uid_map"), path("/proc/self/gid_map"));
-    let (root, run, tmpfs) = (path("/"), path("/run"), path("tmpfs"));
+    let (root, run, tmpfs, proc_directory, proc) =
+        (path("/"), path("/run"), path("tmpfs"), path("/proc"), path("proc"));
     command.env(INSIDE, "1");
     // SAFETY: only system calls on memory that was made before the fork.
     unsafe {
@@ -36,7 +38,7 @@ pub fn prepare(command: &mut Command) {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             raise_file_limit()?;
             let user = if is_root { 0 } else { libc::CLONE_NEWUSER };
-            check(libc::unshare(user | libc::CLONE_NEWNET | libc::CLONE_NEWNS))?;
+            check(libc::unshare(user | libc::CLONE_NEWNET | libc::CLONE_NEWNS | libc::CLONE_NEWPID))?;
             if !is_root {
                 write(&setgroups, b"deny")?;
                 write(&uid_path, &uid_map)?;
@@ -44,8 +46,46 @@ pub fn prepare(command: &mut Command) {
             }
             let none = std::ptr::null();
             check(libc::mount(none, root.as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()))?;
-            check(libc::mount(tmpfs.as_ptr(), run.as_ptr(), tmpfs.as_ptr(), 0, none.cast()))
+            check(libc::mount(tmpfs.as_ptr(), run.as_ptr(), tmpfs.as_ptr(), 0, none.cast()))?;
+            enter_process_namespace()?;
+            // Refused where a container hides parts of the machine's own; then processes have the numbers of outside there.
+            libc::mount(proc.as_ptr(), proc_directory.as_ptr(), proc.as_ptr(), 0, none.cast());
+            Ok(())
         });
+    }
+}
+
+/// Goes on in a grandchild. Between the two stands the first process of the new namespace, which only waits: when it ends, the
+/// kernel ends all others in it. This process stays outside and ends as the grandchild does.
+///
+/// # Safety
+/// Only between fork and exec.
+unsafe fn enter_process_namespace() -> io::Result<()> {
+    // SAFETY: system calls alone; each process but the last ends in here.
+    unsafe {
+        for _ in 0..2 {
+            let child = libc::fork();
+            check(child)?;
+            if child > 0 {
+                wait_and_end_like(child);
+            }
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        }
+        Ok(())
+    }
+}
+
+/// # Safety
+/// Ends the process.
+unsafe fn wait_and_end_like(child: libc::pid_t) -> ! {
+    // SAFETY: system calls alone.
+    unsafe {
+        // Whoever started this waits until nobody holds the pipe by which a failed exec would be told.
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0);
+        let mut status = 0;
+        // The first process of a namespace inherits those whose parents have ended; they are of no interest.
+        while libc::waitpid(-1, &mut status, 0) != child {}
+        libc::_exit(if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) })
     }
 }
 

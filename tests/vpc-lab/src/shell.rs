@@ -169,9 +169,6 @@ enum Switch {
 pub fn talk(demo: &mut Demo) -> Result<bool> {
     let is_terminal = io::stdin().is_terminal();
     if is_terminal {
-        // Ctrl-C is for the programs that run here, not for the lab.
-        // SAFETY: only changes how this process takes a signal.
-        unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
         println!("Type help for the verbs, exit or Ctrl-D to leave.");
     }
     let mut lines = io::stdin().lock().lines();

@@ -232,13 +232,21 @@ impl World {
     }
 
     pub fn attach_network_interface(&mut self, eni: &str, instance: &str, card: u32, device: u32) -> Result<()> {
-        let cards = self.instance(instance)?.network_cards;
         ensure!(self.eni(eni)?.attachment.is_none(), "InvalidNetworkInterface.InUse: {eni} is attached");
-        ensure!(card < cards, "InvalidParameterValue: network card {card} does not exist on {instance}");
+        self.ensure_slot_is_free(instance, card, device)?;
         let attachment = Attachment { instance: instance.into(), network_card: card, device_number: device };
-        let is_taken = self.enis.values().any(|other| other.attachment.as_ref() == Some(&attachment));
-        ensure!(!is_taken, "InvalidParameterValue: {instance} already has an interface at device index {device}");
         self.eni_mut(eni)?.attachment = Some(attachment);
+        Ok(())
+    }
+
+    /// # Errors
+    /// The instance has no such card, or another ENI there.
+    pub fn ensure_slot_is_free(&self, instance: &str, card: u32, device: u32) -> Result<()> {
+        let cards = self.instance(instance)?.network_cards;
+        ensure!(card < cards, "InvalidParameterValue: network card {card} does not exist on {instance}");
+        let slot = Attachment { instance: instance.into(), network_card: card, device_number: device };
+        let is_taken = self.enis.values().any(|other| other.attachment.as_ref() == Some(&slot));
+        ensure!(!is_taken, "InvalidParameterValue: {instance} already has an interface at device index {device}");
         Ok(())
     }
 
@@ -261,9 +269,8 @@ impl World {
                 nets.iter().any(|net| net.contains(source)),
                 "InvalidParameterValue: {source} does not fall within the subnet's address range"
             );
-            let is_router = nets.iter().any(|net| router(*net) == source.addr());
-            ensure!(!is_router, "InvalidParameterValue: {} is in subnet's reserved address range", source.addr());
-            let Some(owner) = self.owner_of(&subnet.vpc, source.addr()).map(|owner| owner.id.clone()) else { continue };
+            ensure_may_be_assigned(source, &nets)?;
+            let Some(owner) = self.holder_of(&subnet.vpc, source).map(|owner| owner.id.clone()) else { continue };
             let is_prefix = source.prefix_len() < source.max_prefix_len();
             let may_move = allow_reassignment && source.addr().is_ipv4() && !is_prefix;
             ensure!(owner != eni && may_move, "InvalidIPAddress.InUse: {} is in use by {owner}", source.addr());
@@ -400,6 +407,19 @@ impl World {
         self.enis.values().filter(in_vpc).find(|eni| eni.owns(address))
     }
 
+    /// The ENI of this VPC that has this address or prefix, or a part of it.
+    fn holder_of(&self, vpc: &str, source: &IpNet) -> Option<&Eni> {
+        let in_vpc = |eni: &&Eni| self.subnets.get(&eni.subnet).is_some_and(|subnet| subnet.vpc == vpc);
+        let prefixes = |eni: &Eni| -> Vec<IpNet> {
+            let ipv4s = eni.ipv4_prefixes.iter().map(|net| IpNet::from(*net));
+            ipv4s.chain(eni.ipv6_prefixes.iter().map(|net| IpNet::from(*net))).collect()
+        };
+        self.enis.values().filter(in_vpc).find(|eni| {
+            eni.addresses().iter().any(|address| source.contains(address))
+                || prefixes(eni).iter().any(|prefix| prefix.contains(source) || source.contains(prefix))
+        })
+    }
+
     /// Public and private addresses of an ENI's elastic IPs.
     pub fn associations_of(&self, eni: &str) -> Vec<(Ipv4Addr, Ipv4Addr)> {
         let behind = |(public, behind): (&Ipv4Addr, &Option<(EniId, Ipv4Addr)>)| match behind {
@@ -420,10 +440,90 @@ pub fn network_cards(instance_type: &str) -> u32 {
     }
 }
 
+/// A whole-length address outside what EC2 keeps for itself, or a prefix of the length that it delegates.
+fn ensure_may_be_assigned(source: &IpNet, subnets: &[IpNet]) -> Result<()> {
+    let delegated = if source.addr().is_ipv4() { 28 } else { 80 };
+    let is_address = source.prefix_len() == source.max_prefix_len();
+    ensure!(
+        is_address || source.prefix_len() == delegated && source.trunc() == *source,
+        "InvalidParameterValue: {source} is neither an address nor a whole /{delegated} prefix"
+    );
+    let mut reserved = subnets.iter().filter(|net| net.contains(source)).flat_map(|net| reserved(*net));
+    let taken = reserved.find(|address| source.contains(address));
+    ensure!(taken.is_none(), "InvalidParameterValue: {source} is in subnet's reserved address range");
+    Ok(())
+}
+
+/// The first four addresses of a subnet and the last one, which EC2 keeps for itself; of IPv6 too.
+fn reserved(subnet: IpNet) -> Vec<IpAddr> {
+    match subnet {
+        IpNet::V4(net) => {
+            let base = u32::from(net.network());
+            (0..4).map(|n| Ipv4Addr::from(base + n).into()).chain([net.broadcast().into()]).collect()
+        }
+        IpNet::V6(net) => {
+            let base = u128::from(net.network());
+            (0..4).map(|n| Ipv6Addr::from(base + n).into()).chain([net.broadcast().into()]).collect()
+        }
+    }
+}
+
 /// The VPC router's address in a subnet: its base + 1.
 pub fn router(subnet: IpNet) -> IpAddr {
     match subnet {
         IpNet::V4(net) => Ipv4Addr::from(u32::from(net.network()) + 1).into(),
         IpNet::V6(net) => Ipv6Addr::from(u128::from(net.network()) + 1).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A subnet with two ENIs, 10.0.0.10 with an address and a prefix beside it, and 10.0.0.50.
+    fn world() -> Result<(World, EniId, EniId)> {
+        let mut world = World::default();
+        let vpc = world.create_vpc(&["10.0.0.0/16".parse()?, "2600:1f16:67f:f200::/56".parse()?]);
+        let subnet = world.create_subnet(&vpc, Some("10.0.0.0/24".parse()?), &["2600:1f16:67f:f200::/64".parse()?])?;
+        let create = |address: &str| -> Result<CreateEni> {
+            Ok(CreateEni { subnet: subnet.clone(), ipv4s: vec![address.parse()?], ..CreateEni::default() })
+        };
+        let one = world.create_network_interface(create("10.0.0.10")?)?;
+        let two = world.create_network_interface(create("10.0.0.50")?)?;
+        world.assign(&one, &["10.0.0.11/32".parse()?, "10.0.0.64/28".parse()?], false)?;
+        Ok((world, one, two))
+    }
+
+    #[test]
+    fn what_ec2_refuses_to_assign_is_refused_and_changes_nothing() {
+        let (mut world, one, two) = world().unwrap();
+        let before = format!("{world:?}");
+        for (source, words) in [
+            ("10.0.0.2/32", "reserved"),
+            ("10.0.0.255/32", "reserved"),
+            ("10.0.0.240/28", "reserved"),
+            ("2600:1f16:67f:f200::1/128", "reserved"),
+            ("10.0.0.192/30", "neither an address nor a whole /28"),
+            ("10.0.0.193/28", "neither an address nor a whole /28"),
+            ("2600:1f16:67f:f200:1::/96", "neither an address nor a whole /80"),
+            ("10.0.0.48/28", "in use"),
+            ("10.0.0.64/28", "in use"),
+            ("10.0.0.65/32", "in use"),
+            ("10.0.0.50/32", "in use"),
+            ("10.0.9.9/32", "does not fall within"),
+        ] {
+            let error = world.assign(&one, &[source.parse().unwrap()], false).unwrap_err().to_string();
+            assert!(error.contains(words), "{source}: {error}");
+            assert_eq!(format!("{world:?}"), before, "{source}");
+        }
+        // A secondary address may be taken from another ENI, if that is said; its first one and a prefix may not.
+        assert!(world.assign(&two, &["10.0.0.10/32".parse().unwrap()], true).is_err());
+        assert!(world.assign(&two, &["10.0.0.64/28".parse().unwrap()], true).is_err());
+        assert_eq!(format!("{world:?}"), before);
+        world.assign(&two, &["10.0.0.11/32".parse().unwrap()], true).unwrap();
+        assert!(
+            world.eni(&two).unwrap().owns([10, 0, 0, 11].into())
+                && !world.eni(&one).unwrap().owns([10, 0, 0, 11].into())
+        );
     }
 }
