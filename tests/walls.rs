@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 19] = [
+const FLOW: [&str; 20] = [
     "net",
     "eni",
     "config",
     "policy",
     "metadata",
+    "proof",
     "cover",
     "desired",
     "operation",
@@ -28,8 +29,20 @@ const FLOW: [&str; 19] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 11] =
-    ["net", "eni", "config", "policy", "metadata", "cover", "desired", "operation", "plan", "release", "status"];
+const PURE: [&str; 12] = [
+    "net",
+    "eni",
+    "config",
+    "policy",
+    "metadata",
+    "proof",
+    "cover",
+    "desired",
+    "operation",
+    "plan",
+    "release",
+    "status",
+];
 
 /// Edges against the flow that are part of the drawing: `config`'s defaults are `policy`'s numbers.
 const BOTH_WAYS: [(&str, &str); 1] = [("config", "policy")];
