@@ -20,6 +20,9 @@ use crate::vpc::{CreateEni, EniId};
 /// eniup's mark, which its documents promise.
 const MARK: u8 = 176;
 
+/// A mark that nobody has.
+const NOBODY: u8 = 177;
+
 /// An exchange that is not answered within this time never will be.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -110,6 +113,11 @@ impl Ground {
     pub fn missing_foreign_objects(&self) -> Result<Vec<String>> {
         let there = self.lab.node(&self.name)?.enter(|| kernel::objects_but_of(MARK))?;
         Ok(self.foreign.difference(&there).cloned().collect())
+    }
+
+    /// All addresses, routes and rules of the instance, whoever made them.
+    pub fn objects(&self) -> Result<BTreeSet<String>> {
+        self.lab.node(&self.name)?.enter(|| kernel::objects_but_of(NOBODY))
     }
 
     /// Runs the binary under test on the instance.

@@ -80,7 +80,7 @@ fn run() -> Result<ExitCode> {
             let is_right = matrix::play(&eniup, how, &layout)?;
             is_right || how == How::None
         }
-        Verb::Trial { trial, count, first, jobs } => trials::repeat(trial, &eniup, first..first + count, jobs)?,
+        Verb::Trial { trial, count, first, jobs } => trials::play(trial, &eniup, first..first + count, jobs)?,
         Verb::Figures => {
             figures::measure(&eniup)?;
             true
