@@ -4,6 +4,9 @@
 
 mod support;
 
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use eniup::config::Config;
 use eniup::ledger;
@@ -182,6 +185,39 @@ fn a_killed_release_is_finished_by_the_next_and_undone_by_a_reconcile() {
                 }
             })?;
         }
+        Ok(())
+    });
+}
+
+/// The built binary, killed from outside: what it does to a link it has noted before.
+#[test]
+fn release_after_a_kill_at_any_instant_leaves_the_machine_as_it_was_found() {
+    inside(|| {
+        let scenario = machine::scenario(WHOLE[0])?;
+        let mut killed = 0;
+        let mut usual = Duration::ZERO;
+        for n in 0..50 {
+            on_a_machine(|machine| {
+                arrange(machine, &scenario)?;
+                let found = settled_dump()?;
+                let started = Instant::now();
+                if n == 0 {
+                    machine.reconcile(0)?;
+                    usual = started.elapsed();
+                }
+                let mut run = machine.command("reconcile").stderr(Stdio::null()).spawn()?;
+                // Each time a little later; the instant is what is tried.
+                std::thread::sleep(usual * n / 50);
+                run.kill()?;
+                killed += usize::from(!run.wait()?.success());
+                let release = machine.eniup("release")?;
+                ensure!(release.exit == 0, "release: {}", release.stderr);
+                let difference = difference(&found, &settled_dump()?);
+                ensure!(difference.is_empty(), "killed after {n}/50 of a run:\n{difference}");
+                Ok(())
+            })?;
+        }
+        ensure!(killed > 20, "only {killed} runs were killed");
         Ok(())
     });
 }
