@@ -156,11 +156,12 @@ impl Own {
     }
 }
 
-/// Whether metadata gives this to any ENI, whole or as part of a prefix.
+/// Whether metadata gives this to any ENI, whole or as part of a prefix, or to more than one.
 fn is_anybodys(source: &IpNet, attached: &Attached) -> bool {
+    let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
     let ready = attached.ready.values().flat_map(|eni| eni.sources(source.family()));
     let pending = attached.pending.values().flat_map(|pending| pending.sources.iter().flatten().copied());
-    ready.chain(pending).any(|theirs| theirs.contains(source))
+    ready.chain(pending).chain(disputed).any(|theirs| theirs.contains(source))
 }
 
 fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
