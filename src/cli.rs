@@ -99,6 +99,10 @@ enum Command {
         /// Only print what would change, like `eniup plan`.
         #[arg(long)]
         dry_run: bool,
+        /// For a timer, udev or boot: take away nothing because metadata lacks it, unless it lacks it in two complete
+        /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
+        #[arg(long, conflicts_with = "dry_run")]
+        automatic: bool,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -245,13 +249,14 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
     let settings = config::read(&files)?;
     let config = settings.config.clone();
     match &cli.command {
-        Command::Reconcile { dry_run: true, timeout } => {
+        Command::Reconcile { dry_run: true, timeout, .. } => {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, false, false)
         }
-        Command::Reconcile { dry_run: false, timeout } => {
+        Command::Reconcile { dry_run: false, automatic, timeout } => {
             check_permission()?;
-            show_report(&reconcile::reconcile(&options(endpoint, timeout, config)).await?)
+            let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
+            show_report(&reconcile::reconcile(&options).await?)
         }
         Command::Plan { metadata: Some(file), detailed_exitcode, json, timeout: _ } => {
             let (attached, plan) = plan_offline(file, &config).await?;
@@ -303,6 +308,7 @@ fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options
         endpoint: endpoint.map(String::from),
         deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
+        is_automatic: false,
         config,
     }
 }

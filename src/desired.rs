@@ -47,6 +47,8 @@ pub struct DesiredEni {
     pub bound_families: Vec<Family>,
     /// Whether all that metadata gives it is desired; if not (a dispute), nothing of what is there may be removed.
     pub is_whole: bool,
+    /// Addresses that stay as they are, if they are there.
+    pub unproven: BTreeSet<IpNet>,
     /// Whether metadata gives it any address; one that has none needs no link either (EFA-only).
     pub has_addresses: bool,
 }
@@ -117,9 +119,9 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
     }
     // The first address of each family is the distribution's, by DHCP; metadata lists it first.
     let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().skip(1));
-    let addresses = secondaries.map(|address| {
-        let net = IpNet::from(address);
-        wanted(policy::address(config, net, address.is_ipv6()), format!("secondary address of {}", eni.id))
+    let secondaries = secondaries.map(IpNet::from).filter(|net| !eni.unproven.contains(net));
+    let addresses = secondaries.map(|net| {
+        wanted(policy::address(config, net, net.addr().is_ipv6()), format!("secondary address of {}", eni.id))
     });
     DesiredEni {
         id: eni.id.clone(),
@@ -130,6 +132,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
         rules,
         bound_families: Vec::new(),
         is_whole: true,
+        unproven: eni.unproven.clone(),
         has_addresses: true,
     }
 }
@@ -158,6 +161,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         rules,
         bound_families: families.clone(),
         is_whole: !attached.disputes.contains_key(&mac),
+        unproven: eni.unproven.clone(),
         has_addresses: !families.is_empty(),
     }
 }
@@ -169,7 +173,8 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
 fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
     let length = eni.ipv4_subnet.map_or(32, |subnet| subnet.prefix_len());
     let mut addresses = Vec::new();
-    for (n, address) in Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().enumerate()) {
+    let in_order = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().enumerate());
+    for (n, address) in in_order.filter(|(_, address)| !eni.unproven.contains(&IpNet::from(*address))) {
         let net = match address.is_ipv4() && n == 0 {
             true => IpNet::new(address, length).unwrap_or_else(|_| address.into()),
             false => address.into(),

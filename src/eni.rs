@@ -36,6 +36,8 @@ pub struct Eni {
     pub ipv4_prefixes: Vec<Ipv4Net>,
     /// Delegated prefixes, /80 each.
     pub ipv6_prefixes: Vec<Ipv6Net>,
+    /// Those of the above that metadata no longer tells of, without proof yet that they are gone: they stay as they are.
+    pub unproven: BTreeSet<IpNet>,
 }
 
 impl Eni {
@@ -133,6 +135,8 @@ pub enum Reason {
     SlotTaken { slot: Slot, by: String },
     /// Another ENI has its first address as well.
     SourceTaken { source: IpNet, by: String },
+    /// It is not listed any more, and its link is still here.
+    Unproven,
     /// A key could not be read; says nothing of its value.
     Unknown { key: String, why: String },
     /// A value that is none; names the key, the value and what was expected.
@@ -148,6 +152,7 @@ impl Reason {
             | Reason::IdTaken { .. }
             | Reason::SlotTaken { .. }
             | Reason::SourceTaken { .. }
+            | Reason::Unproven
             | Reason::Unknown { .. } => true,
             Reason::Invalid { .. } => false,
         }
@@ -169,6 +174,7 @@ impl fmt::Display for Reason {
             Reason::SourceTaken { source, by } => {
                 write!(f, "metadata gives {} to it and to {by}", show_source(source))
             }
+            Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
             Reason::Unknown { key, why } => write!(f, "its `{key}` could not be read: {why}"),
             Reason::Invalid { key, why } => write!(f, "its `{key}` cannot be used: {why}"),
         }

@@ -11,9 +11,10 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::net::{Address, Link, Observed};
+use crate::net::{Address, Link, MacAddr, Observed};
 use crate::operation::{LinkChange, Operation};
 use crate::plan::Step;
+use crate::proof::Sighting;
 
 /// Raised when the meaning of a field changes; a file of another version is not read.
 const VERSION: u32 = 1;
@@ -23,11 +24,18 @@ pub struct Ledger {
     version: u32,
     /// Boot and network namespace: notes of another one are about other links.
     boot: String,
+    /// The MAC of the primary ENI, which an instance keeps for life: a machine that is woken from another one's memory has
+    /// that one's boot, and other links.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    primary: Option<MacAddr>,
     /// By link index; a link that comes back has another.
     pub links: BTreeMap<u32, Found>,
     /// What was added, by link index.
     #[serde(default)]
     addresses: BTreeSet<(u32, IpNet)>,
+    /// What metadata does not tell of any more, and since when.
+    #[serde(default)]
+    pub sightings: BTreeSet<Sighting>,
 }
 
 /// How a link was found when it was first set, and the names it was given since.
@@ -46,6 +54,18 @@ pub struct Found {
 }
 
 impl Ledger {
+    /// The same ledger if it is of the instance whose primary ENI this is; else one without notes.
+    pub fn of(self, primary: MacAddr) -> Ledger {
+        let is_its = self.primary.is_none_or(|noted| noted == primary);
+        Ledger { primary: Some(primary), ..if is_its { self } else { empty() } }
+    }
+
+    /// For commands that do not ask metadata: an instance has the link of its primary ENI.
+    pub fn of_machine(self, observed: &Observed) -> Ledger {
+        let is_here = |primary| observed.links.values().any(|link| link.mac == Some(primary));
+        if self.primary.is_none_or(is_here) { self } else { empty() }
+    }
+
     /// The ledger after these steps, of which it must know before they are made.
     pub fn noting(&self, steps: &[Step], observed: &Observed) -> Ledger {
         let mut ledger = self.clone();
@@ -118,34 +138,42 @@ fn boot() -> String {
     format!("{} {}", boot.trim(), namespace.display())
 }
 
+fn empty() -> Ledger {
+    Ledger { version: VERSION, boot: boot(), ..Ledger::default() }
+}
+
 /// The ledger of this boot; an empty one when there is none. One that cannot be read costs a line in the log: what it
-/// says is needed to put links back as they were found, and to take addresses away on an old kernel, and nothing else.
+/// says is needed to put links back as they were found, to take addresses away on an old kernel and to prove what is
+/// gone, and for nothing else.
 pub fn load(directory: &Path) -> Ledger {
-    let path = path(directory);
-    let empty = Ledger { version: VERSION, boot: boot(), ..Ledger::default() };
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return empty,
-        Err(error) => {
-            tracing::warn!("{}: {error}; going on without it", path.display());
-            return empty;
-        }
-    };
-    match serde_json::from_str::<Ledger>(&text) {
-        Ok(ledger) if ledger.version == VERSION && ledger.boot == empty.boot => ledger,
-        Ok(_) => empty,
-        Err(error) => {
-            tracing::warn!("{}: {error}; going on without it", path.display());
-            empty
-        }
+    read(directory).unwrap_or_else(|error| {
+        tracing::warn!("{error:#}; going on without it");
+        empty()
+    })
+}
+
+/// Puts an empty ledger in the place of one that cannot be read, so that the log tells of it once.
+pub fn mend(directory: &Path) {
+    if let Err(error) = read(directory) {
+        tracing::warn!("{error:#}; going on with an empty one");
+        save(&empty(), directory);
     }
 }
 
-/// Writes the ledger as a whole: a crash leaves the old one or the new one.
-///
-/// # Errors
-/// The runtime directory cannot be written.
-pub fn save(ledger: &Ledger, directory: &Path) -> Result<()> {
+fn read(directory: &Path) -> Result<Ledger> {
+    let path = path(directory);
+    let bytes = match fs::read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
+        bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
+    };
+    let ledger: Ledger = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
+    let empty = empty();
+    Ok(if ledger.version == VERSION && ledger.boot == empty.boot { ledger } else { empty })
+}
+
+/// Writes the ledger as a whole: a crash leaves the old one or the new one. If it cannot be written, that costs what it
+/// says and a line in the log, but no address.
+pub fn save(ledger: &Ledger, directory: &Path) {
     let path = path(directory);
     let new = directory.join("ledger.json.new");
     let write = || -> Result<()> {
@@ -155,5 +183,7 @@ pub fn save(ledger: &Ledger, directory: &Path) -> Result<()> {
         fs::rename(&new, &path)?;
         Ok(())
     };
-    write().with_context(|| format!("writing {}", path.display()))
+    if let Err(error) = write() {
+        tracing::warn!("writing {}: {error:#}; going on without it", path.display());
+    }
 }

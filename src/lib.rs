@@ -25,6 +25,7 @@ pub mod netlink;
 pub mod operation;
 pub mod plan;
 pub mod policy;
+pub mod proof;
 pub mod reconcile;
 pub mod release;
 pub mod report;

@@ -373,6 +373,7 @@ impl Reader<'_> {
             ipv6_subnets: self.networks("subnet-ipv6-cidr-blocks")?,
             ipv4_prefixes: self.networks("ipv4-prefix")?,
             ipv6_prefixes: self.networks("ipv6-prefix")?,
+            unproven: BTreeSet::new(),
         };
         // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
         // primary): it is on its way, or a stale read has lost it.

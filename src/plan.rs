@@ -116,7 +116,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
         if !desired.rules.is_empty() {
             plan.want_group(Some(eni), link, &eni.id, config);
         }
-        plan.want_objects(eni, link, observed, &mut keep, config);
+        plan.want_objects(eni, link, desired, observed, &mut keep, config);
     }
     // The guard rule has to know a pending ENI's link too: another manager may have put its subnet into main.
     let pending = desired.pending.iter().filter_map(|mac| find_link(*mac, observed).ok().flatten());
@@ -278,6 +278,16 @@ fn narrower(limit: Option<IpNet>, destination: IpNet) -> Option<IpNet> {
     }
 }
 
+/// Whether a pending ENI, which keeps all it has, has its route in this one's place in `main`.
+fn is_place_kept(wanted: &Route, desired: &Desired, observed: &Observed) -> bool {
+    let place = |route: &Route| (route.table, route.destination, route.metric, route.protocol);
+    let is_pendings = |index: u32| {
+        observed.links.get(&index).and_then(|link| link.mac).is_some_and(|mac| desired.pending.contains(&mac))
+    };
+    wanted.table == policy::MAIN_TABLE
+        && observed.routes.iter().any(|(link, route)| place(route) == place(wanted) && link.is_some_and(is_pendings))
+}
+
 fn reference(link: &Link) -> LinkRef {
     LinkRef { index: link.index, name: link.name.clone() }
 }
@@ -331,10 +341,19 @@ impl Plan {
         }
     }
 
-    fn want_objects(&mut self, eni: &DesiredEni, link: &Link, observed: &Observed, keep: &mut Keep, config: &Config) {
+    fn want_objects(
+        &mut self,
+        eni: &DesiredEni,
+        link: &Link,
+        desired: &Desired,
+        observed: &Observed,
+        keep: &mut Keep,
+        config: &Config,
+    ) {
         let has_ipv6 = observed.has_ipv6 && link.ipv6.as_ref().is_some_and(|ipv6| !ipv6.is_disabled);
         let is_possible = |family: Family| family == Family::V4 || has_ipv6;
-        for route in eni.routes.iter().filter(|route| is_possible(route.object.destination.family())) {
+        let routes = eni.routes.iter().filter(|route| is_possible(route.object.destination.family()));
+        for route in routes.filter(|route| !is_place_kept(&route.object, desired, observed)) {
             self.want_route(eni, link, route, observed, keep);
         }
         for rule in eni.rules.iter().filter(|rule| is_possible(rule.object.family)) {
@@ -347,6 +366,8 @@ impl Plan {
             keep.rules.insert(rule.clone());
             self.want_rule(Some(eni), &Wanted { object: rule, reason }, observed);
         }
+        let on_link = observed.addresses.iter().filter(|(index, _)| *index == link.index);
+        keep.addresses.extend(on_link.filter(|(_, address)| eni.unproven.contains(&address.net.addr().into())));
         for address in eni.addresses.iter().filter(|address| is_possible(address.object.net.family())) {
             self.want_address(eni, link, address, observed, keep, config);
         }

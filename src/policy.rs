@@ -90,6 +90,10 @@ pub const KERNEL_PROTOCOL: u8 = 2;
 /// The default of a run's deadline: an attached ENI is usually all there within it, and boot does not wait longer.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Milliseconds between the two complete snapshots that prove that something is gone. Metadata was seen to be stale, or to
+/// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
+pub const PROOF_PAUSE: u64 = 10_000;
+
 /// Kinds of software devices that can stand for an ENI's link: `veth` and `tun` do so in simulations. Any other kind
 /// is stacked on a link, or imitates its MAC (vlan, macvlan, bridge, bond), and is left alone.
 pub const LINK_KINDS: [&str; 2] = ["tun", "veth"];

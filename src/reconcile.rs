@@ -1,5 +1,7 @@
 //! The whole run, from top to bottom: read metadata, decide, observe, plan, apply, plan again and expect nothing.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
+use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
 
@@ -41,6 +44,8 @@ pub struct Options {
     pub deadline: Instant,
     /// Holds the lock and the ledger.
     pub directory: PathBuf,
+    /// Nobody looks on: what rests on metadata alone is taken away on proof only.
+    pub is_automatic: bool,
     pub config: Config,
 }
 
@@ -62,15 +67,19 @@ impl std::error::Error for NotPermitted {}
 /// Nothing could be done: no lock, no metadata, no netlink, no permission. What concerns single ENIs is in the report.
 pub async fn reconcile(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
+    // Of the first reading: what is read anew later does not make the rest younger.
+    let begun = since_boot()?;
     let mut tree = imds.snapshot(Scope::Routing).await?;
     let mut attached = metadata::attached(&tree)?;
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let desired = desired(&attached, &options.config);
+        let taken = Taken { begun, ended: since_boot()? };
+        let desired = desired(&believed(&attached, taken, &mut netlink, options).await?, &options.config);
         let changes = report.changes;
         report = converge(&mut netlink, &desired, attached.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
@@ -101,21 +110,62 @@ async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached) -> Result<
     Ok((tree, attached))
 }
 
+/// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
+async fn believed(attached: &Attached, taken: Taken, netlink: &mut Netlink, options: &Options) -> Result<Attached> {
+    let ledger = ledger::load(&options.directory).of(attached.primary);
+    if !options.is_automatic {
+        // Whatever was noted, this run acts on what it sees, and what is lost later is lost anew.
+        keep_sightings(&ledger, BTreeSet::new(), options);
+        return Ok(attached.clone());
+    }
+    let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+    let Judgement { attached, sightings, postponed } =
+        judge(attached, &observed, &ledger.sightings, taken, &options.config);
+    for lost in postponed {
+        let pause = Duration::from_millis(policy::PROOF_PAUSE).as_secs();
+        let why = format!("{lost} stays: metadata has to lack it twice, at least {pause} s apart");
+        // Once is enough for a timer's log.
+        match ledger.sightings.iter().any(|sighting| sighting.lost == lost) {
+            true => tracing::debug!("{why}"),
+            false => tracing::info!("{why}"),
+        }
+    }
+    keep_sightings(&ledger, sightings, options);
+    Ok(attached)
+}
+
+fn keep_sightings(ledger: &Ledger, sightings: BTreeSet<Sighting>, options: &Options) {
+    if sightings != ledger.sightings {
+        let mut ledger = ledger.clone();
+        ledger.sightings = sightings;
+        ledger::save(&ledger, &options.directory);
+    }
+}
+
+/// Milliseconds since boot, time asleep included: `CLOCK_BOOTTIME`.
+fn since_boot() -> Result<u64> {
+    let uptime = fs::read_to_string("/proc/uptime").context("reading /proc/uptime")?;
+    let seconds = uptime.split_whitespace().next().and_then(|seconds| seconds.parse::<f64>().ok());
+    Ok((seconds.context("/proc/uptime does not begin with seconds")? * 1000.0) as u64)
+}
+
 /// Takes away everything that is ours. Metadata is not asked.
 ///
 /// # Errors
 /// As for [`reconcile`].
 pub async fn release_all(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let mut report = Report::default();
-    let ledger = ledger::load(&options.directory);
     let mut failures = Vec::new();
     for round in 0.. {
-        let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+        let observed = netlink.observe().await?;
+        let ledger = ledger::load(&options.directory).of_machine(&observed);
+        let observed = ledger.recall(observed, options.config.mark);
         let plan = release(&observed, &ledger, &options.config);
         if plan.steps.is_empty() {
-            ledger::save(&Ledger::default(), &options.directory)?;
+            ledger::save(&Ledger::default(), &options.directory);
             return Ok(report);
         }
         if round == ROUNDS {
@@ -132,7 +182,7 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
-        let before = ledger::load(&options.directory);
+        let before = ledger::load(&options.directory).of(primary);
         // Only what this run has changed is worth waiting for.
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
         let observed = observe_settled(netlink, &before, options, patience).await?;
@@ -146,7 +196,7 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
         }
         let ledger = before.noting(&plan.steps, &observed);
         if ledger != before {
-            ledger::save(&ledger, &options.directory)?;
+            ledger::save(&ledger, &options.directory);
         }
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
@@ -267,7 +317,7 @@ pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config)
 /// No netlink.
 pub async fn observe(config: &Config) -> Result<Observed> {
     let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    Ok(ledger::load(&lock::runtime_directory()).recall(observed, config.mark))
+    Ok(ledger::load(&lock::runtime_directory()).of_machine(&observed).recall(observed, config.mark))
 }
 
 /// The troubles of a plan that was not carried out.
@@ -281,8 +331,7 @@ pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Troubl
 /// # Errors
 /// No netlink.
 pub async fn preview_release(options: &Options) -> Result<Plan> {
-    let ledger = ledger::load(&options.directory);
-    let observed =
-        ledger.recall(Netlink::open().context("opening a netlink socket")?.observe().await?, options.config.mark);
-    Ok(release(&observed, &ledger, &options.config))
+    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+    let ledger = ledger::load(&options.directory).of_machine(&observed);
+    Ok(release(&ledger.recall(observed, options.config.mark), &ledger, &options.config))
 }

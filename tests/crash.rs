@@ -4,116 +4,26 @@
 
 mod support;
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use eniup::config::Config;
 use eniup::ledger;
-use eniup::net::Observed;
-use eniup::netlink::Netlink;
 use eniup::netlink::apply::Outcome;
 use eniup::operation::Operation;
 use eniup::plan::Step;
 use eniup::release::release;
-use support::machine::{self, Machine, difference, dump, inside, ip, on_a_machine};
+use support::machine::{self, Machine, difference, inside, on_a_machine};
+use support::moments::{arrange, observe, settled_dump, ways, with_netlink};
 use support::{Scenario, plan_for, scenarios};
-
-/// Far away; its way is the default route.
-const FAR: [&str; 2] = ["198.51.100.7", "2001:db8:100::7"];
-
-/// The machine as the scenario finds it, in the real kernel.
-fn arrange(machine: &mut Machine, scenario: &Scenario) -> Result<()> {
-    if let Some(before) = &scenario.before {
-        machine.become_attached(&scenario.folder.join("before.json"), before)?;
-        machine.eniup("reconcile --timeout 200ms")?;
-    }
-    machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
-    for command in changes(machine, scenario) {
-        ip(&command)?;
-    }
-    Ok(())
-}
-
-/// How the machine differs from one that EC2 alone has changed, as ip(8) commands.
-fn changes(machine: &Machine, scenario: &Scenario) -> Vec<String> {
-    let support::Machine {
-        no_link_for,
-        gone,
-        rename,
-        bounce,
-        enslave,
-        twice,
-        macvlan,
-        foreign_address,
-        no_ipv6,
-        group,
-        mtu,
-        main,
-        bridge,
-    } = &scenario.machine;
-    let links = &machine.links;
-    let present = |mac| links.get(mac).into_iter();
-    let mut commands = Vec::new();
-    for link in no_link_for.iter().chain(gone).flat_map(present) {
-        commands.push(format!("link del {link}"));
-    }
-    for (mac, mtu) in mtu {
-        commands.push(format!("link set {} mtu {mtu}", links[mac]));
-    }
-    for (mac, group) in group {
-        commands.push(format!("link set {} group {group}", links[mac]));
-    }
-    for (mac, nets) in foreign_address {
-        // Whoever gives a link addresses has brought it up.
-        commands.push(format!("link set {} up", links[mac]));
-        commands.extend(nets.iter().map(|net| format!("addr add {net} dev {}", links[mac])));
-    }
-    for (mac, nets) in main {
-        commands.push(format!("link set {} up", links[mac]));
-        commands.extend(nets.iter().map(|net| format!("route add {net} dev {} proto kernel metric 100", links[mac])));
-    }
-    if !bridge.is_empty() {
-        commands.extend(["link add br7 type bridge".into(), "link set br7 up".into()]);
-        commands.extend(bridge.iter().map(|net| format!("route add {net} dev br7 proto kernel metric 100")));
-    }
-    for link in bounce.iter().flat_map(present) {
-        commands.extend([format!("link set {link} down"), format!("link set {link} up")]);
-    }
-    for link in no_ipv6.iter().flat_map(present) {
-        commands.push(format!("link set {link} addrgenmode none"));
-    }
-    for link in enslave.iter().flat_map(present) {
-        commands.extend(["link add br0 type bridge".into(), format!("link set {link} master br0")]);
-    }
-    for mac in twice {
-        commands.push(format!("link add other0 address {mac} type veth peer name other1 address 02:98:00:00:00:01"));
-    }
-    for mac in macvlan {
-        commands.push(format!("link add link {} name other0 address {mac} type macvlan", links[mac]));
-    }
-    for (mac, name) in rename {
-        commands.extend([format!("link set {} down", links[mac]), format!("link set {} name {name}", links[mac])]);
-    }
-    commands
-}
-
-/// A conversation with the kernel of this thread's namespace, in the middle of a synchronous test.
-fn with_netlink<T>(act: impl AsyncFnOnce(&mut Netlink) -> Result<T>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async { act(&mut Netlink::open()?).await })
-}
-
-fn observe() -> Result<Observed> {
-    with_netlink(async |netlink| netlink.observe().await)
-}
 
 /// The plan that a run would carry out first, noted in the ledger as that run notes it before its first operation.
 fn begin(machine: &Machine, scenario: &Scenario) -> Result<Vec<Step>> {
     let observed = observe()?;
     let steps = plan_for(&scenario.attached, &observed).steps;
     std::fs::create_dir_all(&machine.directory)?;
-    ledger::save(&ledger::load(&machine.directory).noting(&steps, &observed), &machine.directory)?;
+    ledger::save(&ledger::load(&machine.directory).noting(&steps, &observed), &machine.directory);
     Ok(steps)
 }
 
@@ -130,49 +40,6 @@ fn carry_out(steps: &[Step]) -> Result<()> {
         ensure!(is_right, "{step}: {outcome:?}");
     }
     Ok(())
-}
-
-/// Which link a packet leaves by that goes from an address of a link (by index) to another address, as the kernel itself
-/// tells; none when it goes nowhere.
-type Ways = BTreeMap<(u32, IpAddr, IpAddr), Option<String>>;
-
-fn ways(observed: &Observed) -> Result<Ways> {
-    let mut ways = Ways::new();
-    let sources: Vec<(u32, IpAddr)> =
-        observed.addresses.iter().map(|(link, address)| (*link, address.net.addr())).filter(is_routable).collect();
-    for (link, from) in &sources {
-        let neighbours = sources.iter().filter_map(|(_, other)| neighbour(*other));
-        let far = FAR.iter().filter_map(|far| far.parse().ok());
-        for to in far.chain(neighbours).filter(|to: &IpAddr| to.is_ipv4() == from.is_ipv4()) {
-            ways.insert((*link, *from, to), way(*from, to)?);
-        }
-    }
-    Ok(ways)
-}
-
-/// An address in the same /24 that nobody in a scenario has: a client in that subnet.
-fn neighbour(address: IpAddr) -> Option<IpAddr> {
-    match address {
-        IpAddr::V4(address) => {
-            let [a, b, c, _] = address.octets();
-            Some([a, b, c, 201].into())
-        }
-        IpAddr::V6(_) => None,
-    }
-}
-
-fn is_routable((_, address): &(u32, IpAddr)) -> bool {
-    match address {
-        IpAddr::V4(address) => !address.is_loopback(),
-        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
-    }
-}
-
-fn way(from: IpAddr, to: IpAddr) -> Result<Option<String>> {
-    let route =
-        machine::run(machine::command("ip").args(["route", "get", &to.to_string(), "from", &from.to_string()]))?;
-    let mut words = route.stdout.split_whitespace().skip_while(|word| *word != "dev");
-    Ok(words.nth(1).map(String::from))
 }
 
 /// Addresses that were there and are wanted further lose nothing on the way: at each moment the kernel sends what they
@@ -209,17 +76,6 @@ fn at_no_moment_of_a_run_does_an_address_that_stays_lose_its_way() {
         }
         Ok(())
     });
-}
-
-/// What the kernel has, but for its own routes to IPv6 addresses, which come when it notices the carrier, and for the
-/// order in which a link got its names.
-fn settled_dump() -> Result<Vec<String>> {
-    let sorted = |line: String| {
-        let mut parts: Vec<&str> = line.split('\\').collect();
-        parts[1..].sort_unstable();
-        parts.join("\\")
-    };
-    Ok(dump()?.into_iter().filter(|line| !line.contains("table local proto kernel")).map(sorted).collect())
 }
 
 /// The same end as without a kill, and so no orphan, whichever operation was the last.
@@ -329,6 +185,39 @@ fn a_killed_release_is_finished_by_the_next_and_undone_by_a_reconcile() {
                 }
             })?;
         }
+        Ok(())
+    });
+}
+
+/// The built binary, killed from outside: what it does to a link it has noted before.
+#[test]
+fn release_after_a_kill_at_any_instant_leaves_the_machine_as_it_was_found() {
+    inside(|| {
+        let scenario = machine::scenario(WHOLE[0])?;
+        let mut killed = 0;
+        let mut usual = Duration::ZERO;
+        for n in 0..50 {
+            on_a_machine(|machine| {
+                arrange(machine, &scenario)?;
+                let found = settled_dump()?;
+                let started = Instant::now();
+                if n == 0 {
+                    machine.reconcile(0)?;
+                    usual = started.elapsed();
+                }
+                let mut run = machine.command("reconcile").stderr(Stdio::null()).spawn()?;
+                // Each time a little later; the instant is what is tried.
+                std::thread::sleep(usual * n / 50);
+                run.kill()?;
+                killed += usize::from(!run.wait()?.success());
+                let release = machine.eniup("release")?;
+                ensure!(release.exit == 0, "release: {}", release.stderr);
+                let difference = difference(&found, &settled_dump()?);
+                ensure!(difference.is_empty(), "killed after {n}/50 of a run:\n{difference}");
+                Ok(())
+            })?;
+        }
+        ensure!(killed > 20, "only {killed} runs were killed");
         Ok(())
     });
 }

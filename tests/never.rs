@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use vpc_lab::trials::{self, Summary};
+use vpc_lab::trials::{self, Summary, Trial};
 
 const ENIUP: &str = env!("CARGO_BIN_EXE_eniup");
 
@@ -15,35 +15,19 @@ fn assert_right(summary: Summary, runs: u64) -> Result<()> {
     Ok(())
 }
 
-fn schedules(seeds: std::ops::Range<u64>) {
-    vpc_lab::inside(|| {
-        let meant = 2 * (seeds.end - seeds.start);
-        let summary = trials::faults(Path::new(ENIUP), 0, seeds, &|_| ())?;
-        ensure!(summary.faults > meant / 2, "the service was too well: {summary}");
-        assert_right(summary, meant)
-    });
-}
-
-// In parts, so that they run side by side.
 #[test]
 fn a_misbehaving_service_costs_nothing_and_one_run_is_enough_once_it_is_well() {
-    schedules(0..70);
-}
-
-#[test]
-fn a_misbehaving_service_costs_nothing_and_one_run_is_enough_once_it_is_well_again() {
-    schedules(70..140);
-}
-
-#[test]
-fn a_misbehaving_service_costs_nothing_and_one_run_is_enough_once_it_is_well_for_good() {
-    schedules(140..210);
+    vpc_lab::inside(|| {
+        let summary = trials::run(Trial::Faults, Path::new(ENIUP), 0..240, 8, &|_| ())?;
+        ensure!(summary.faults > 480, "the service was too well: {summary}");
+        assert_right(summary, 480)
+    });
 }
 
 #[test]
 fn runs_that_are_killed_at_any_instant_lose_nothing_of_flows_that_stay() {
     vpc_lab::inside(|| {
-        let summary = trials::kills(Path::new(ENIUP), 0, 0..60, &|_| ())?;
+        let summary = trials::run(Trial::Kills, Path::new(ENIUP), 0..60, 1, &|_| ())?;
         ensure!(summary.exits.get(&-1).is_some_and(|killed| *killed > 20), "hardly a run was killed: {summary}");
         ensure!(summary.messages > 10_000, "hardly a flow: {summary}");
         assert_right(summary, 80)
@@ -53,7 +37,7 @@ fn runs_that_are_killed_at_any_instant_lose_nothing_of_flows_that_stay() {
 #[test]
 fn fifty_runs_at_once_while_enis_come_and_go_end_in_one_result() {
     vpc_lab::inside(|| {
-        let summary = trials::storms(Path::new(ENIUP), 0, 0..3, &|_| ())?;
+        let summary = trials::run(Trial::Storms, Path::new(ENIUP), 0..3, 1, &|_| ())?;
         assert_right(summary, 150)
     });
 }

@@ -2,15 +2,17 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::sync::LazyLock;
 
 use eniup::config::Config;
 use eniup::ledger::Ledger;
-use eniup::net::{Address, Observed, Route, RouteKind, Rule};
+use eniup::net::{Address, HasFamily, Observed, Route, RouteKind, Rule};
 use eniup::operation::Operation;
 use eniup::plan::Plan;
+use eniup::proof::{Taken, judge};
 use eniup::release::release;
 use eniup::{policy, reconcile};
 use proptest::prelude::*;
@@ -396,6 +398,21 @@ proptest! {
         }
         for step in &plan.steps {
             prop_assert!(!step.to_string().contains(char::is_control), "{}", step);
+        }
+        // An automatic run, which has seen nothing of this before.
+        let taken = Taken { begun: 1, ended: 2 };
+        let believed = judge(&attached, &before, &BTreeSet::new(), taken, &Config::default()).attached;
+        let cautious = plan_for(&believed, &before);
+        let mut observed = before.clone();
+        apply(&mut observed, &cautious);
+        prop_assert_eq!(plan_for(&believed, &observed).steps, []);
+        assert_foreign_untouched(&before, &observed, &snapshot.to_string());
+        for step in &cautious.steps {
+            if let Operation::DeleteAddress { address, .. } = &step.operation {
+                // It is another ENI's by now, or added again with another length.
+                let is_told = attached.ready.values().any(|eni| eni.sources(address.net.family()).iter().any(|source| source.contains(&address.net.addr())));
+                prop_assert!(is_told, "{} without proof", step);
+            }
         }
         for (eni, trouble) in reconcile::preview_troubles(&attached, &plan) {
             prop_assert!(!format!("{eni}{}", trouble.why).contains(char::is_control), "{}", trouble.why);

@@ -175,6 +175,7 @@ impl Shape {
             ipv6_subnets: Vec::new(),
             ipv4_prefixes: Vec::new(),
             ipv6_prefixes: Vec::new(),
+            unproven: BTreeSet::new(),
         };
         if let (true, IpAddr::V4(address)) = (has_ipv4, host(subnet, Family::V4, number)) {
             eni.ipv4s.push(address);

@@ -6,6 +6,7 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod machine;
+pub mod moments;
 pub mod tools;
 
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! Flows: conversations that last. Each keeps sending numbered messages to an address, every one of which the other side
 //! sends back, and counts what came of them; to see whether anything is lost while something happens to the machine.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
@@ -27,6 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bytes of a message: its number.
 const MESSAGE: usize = 8;
+
+/// So many messages of a flow may be under way within [`BUSY`]; the next ones wait. A lab that gets no turn on a busy machine
+/// then slows its flows down, and none is lost in a queue that overflows. After an outage a flow goes on.
+const WINDOW: usize = 100;
+const BUSY: Duration = Duration::from_secs(1);
 
 /// Bytes of answers that wait for their turn.
 const QUEUE: usize = 4 << 20;
@@ -167,8 +172,8 @@ struct Flow {
     /// Messages sent; the number of the next.
     sent: u64,
     answered: u64,
-    /// UDP: numbers sent and not answered.
-    open: BTreeSet<u64>,
+    /// UDP: messages that are not answered, by number, and when they were sent.
+    open: BTreeMap<u64, Instant>,
     /// TCP: bytes that the socket has not taken yet, and those of a message that is not all there.
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
@@ -209,7 +214,7 @@ impl Flow {
             socket,
             sent: 0,
             answered: 0,
-            open: BTreeSet::new(),
+            open: BTreeMap::new(),
             outgoing: Vec::new(),
             incoming: Vec::new(),
             next: now,
@@ -228,12 +233,16 @@ impl Flow {
         if self.is_dead || now < self.next {
             return;
         }
+        if self.open.values().rev().nth(WINDOW - 1).is_some_and(|sent| now - *sent < BUSY) {
+            self.next = now + self.spec.every;
+            return;
+        }
         // What was missed is not made up for: a burst would only fill queues.
         self.next = (self.next + self.spec.every).max(now);
         let message = self.sent.to_be_bytes();
         match self.spec.kind {
             Kind::Udp => {
-                self.open.insert(self.sent);
+                self.open.insert(self.sent, now);
                 self.sent += 1;
                 // A message that cannot be sent is lost like any other, and its fault says why.
                 if let Err(error) = self.socket.send(&message) {
@@ -294,7 +303,7 @@ impl Flow {
 
     fn take_datagram(&mut self, bytes: Vec<u8>) {
         let number = <[u8; MESSAGE]>::try_from(bytes).map(u64::from_be_bytes);
-        if number.is_ok_and(|number| self.open.remove(&number)) {
+        if number.is_ok_and(|number| self.open.remove(&number).is_some()) {
             self.count();
         }
     }

@@ -114,7 +114,7 @@ fn run() -> Result<ExitCode> {
             show(&report)
         }
         Verb::NatBox { conversations, rounds } => show(&storm::nat_box(&eniup, conversations, rounds)?),
-        Verb::Trial { trial, count, first, jobs } => trials::repeat(trial, &eniup, first..first + count, jobs)?,
+        Verb::Trial { trial, count, first, jobs } => trials::play(trial, &eniup, first..first + count, jobs)?,
         Verb::Figures => {
             figures::measure(&eniup)?;
             true

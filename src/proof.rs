@@ -1,0 +1,185 @@
+//! What metadata no longer tells of is taken away only on proof: two complete snapshots that both lack it, some time apart.
+//! Here the first of them is noted, and until the second has come metadata is taken as if it still told of it. A link that
+//! is gone is proof at once; so is an address that metadata gives to another ENI by now.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::eni::{Attached, Eni, Pending, Reason, show_source};
+use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::policy;
+
+/// Something of ours in the kernel that metadata does not tell of: an address or delegated prefix of an attached ENI, or
+/// all of an ENI whose link is still here.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Lost {
+    pub mac: MacAddr,
+    /// None: the whole ENI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpNet>,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match &self.source {
+            Some(source) => write!(f, "{} of ENI {}", show_source(source), self.mac),
+            None => write!(f, "ENI {}, whose link is still here", self.mac),
+        }
+    }
+}
+
+/// When a snapshot was read: milliseconds since boot, time asleep included, so that neither a suspended machine nor a
+/// clock that is set makes two snapshots seem further apart than they are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Taken {
+    pub begun: u64,
+    pub ended: u64,
+}
+
+/// Since when something is known to be lost: the end of the first complete snapshot without it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Sighting {
+    #[serde(flatten)]
+    pub lost: Lost,
+    pub since: u64,
+}
+
+/// What a snapshot comes to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Judgement {
+    /// As metadata tells it, and with what is lost without proof.
+    pub attached: Attached,
+    /// To be known to the next run.
+    pub sightings: BTreeSet<Sighting>,
+    /// What stays for want of proof.
+    pub postponed: BTreeSet<Lost>,
+}
+
+/// Puts back what is lost without proof.
+pub fn judge(
+    attached: &Attached,
+    observed: &Observed,
+    known: &BTreeSet<Sighting>,
+    taken: Taken,
+    config: &Config,
+) -> Judgement {
+    let mut judgement =
+        Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() };
+    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+        let Some(mac) = link.mac else { continue };
+        let own = Own::on(link, attached.ready.get(&mac), observed, config);
+        if let Some(eni) = attached.ready.get(&mac) {
+            let is_told = !attached.disputes.contains_key(&mac);
+            for source in own.sources.iter().filter(|source| !is_anybodys(source, attached)) {
+                let lost = Lost { mac, source: Some(*source) };
+                if !judgement.is_proven(lost, is_told, known, taken) {
+                    let eni = judgement.attached.ready.entry(mac).or_insert_with(|| eni.clone());
+                    put_back(eni, *source, &own);
+                }
+            }
+        } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
+            let lost = Lost { mac, source: None };
+            if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
+                judgement.attached.pending.insert(mac, own.pending(link));
+            }
+        }
+    }
+    judgement
+}
+
+impl Judgement {
+    /// Whether this may go; if not, it is postponed, and noted when the snapshot can be one of the two.
+    fn is_proven(&mut self, lost: Lost, is_told: bool, known: &BTreeSet<Sighting>, taken: Taken) -> bool {
+        let since = known.iter().find(|sighting| sighting.lost == lost).map(|sighting| sighting.since);
+        // A note of the future is of no clock that can be trusted.
+        let since = since.filter(|since| *since <= taken.ended);
+        if is_told && since.is_some_and(|since| taken.begun >= since + policy::PROOF_PAUSE) {
+            // Noted until it is gone: a run may be killed before that.
+            self.sightings.extend(since.map(|since| Sighting { lost, since }));
+            return true;
+        }
+        let since = since.or(is_told.then_some(taken.ended));
+        self.sightings.extend(since.map(|since| Sighting { lost, since }));
+        self.postponed.insert(lost);
+        false
+    }
+}
+
+/// What of ours the kernel has for one ENI.
+struct Own {
+    /// Addresses as whole-length prefixes, and delegated prefixes.
+    sources: BTreeSet<IpNet>,
+    /// The subnets in its tables.
+    subnets: BTreeSet<IpNet>,
+    has_routes: bool,
+}
+
+impl Own {
+    fn on(link: &Link, eni: Option<&Eni>, observed: &Observed, config: &Config) -> Own {
+        let on_link = observed.routes.iter().filter(|(index, _)| *index == Some(link.index)).map(|(_, route)| route);
+        let routes: Vec<&Route> =
+            on_link.filter(|route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE).collect();
+        let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
+        tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
+        let addresses = observed.addresses.iter().filter(|(index, _)| *index == link.index);
+        let addresses = addresses.filter(|(_, address)| policy::owns_address(config, address));
+        let is_prefix = |rule: &&Rule| {
+            let is_source_alone = rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none();
+            policy::owns_rule(config, rule) && is_source_alone && tables.contains(&rule.table)
+        };
+        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from);
+        let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
+        Own {
+            sources: addresses.map(|(_, address)| address.net.addr().into()).chain(prefixes).collect(),
+            subnets: routes.iter().filter(is_subnet).map(|route| route.destination).collect(),
+            has_routes: !routes.is_empty(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sources.is_empty() && !self.has_routes
+    }
+
+    /// The ENI as one that keeps all it has.
+    fn pending(&self, link: &Link) -> Pending {
+        Pending {
+            id: link.altnames.iter().find(|name| name.starts_with("eni-")).cloned(),
+            reason: Reason::Unproven,
+            sources: Some(self.sources.iter().copied().collect()),
+            subnets: self.subnets.iter().copied().collect(),
+        }
+    }
+}
+
+/// Whether metadata gives this to any ENI, whole or as part of a prefix, or to more than one.
+fn is_anybodys(source: &IpNet, attached: &Attached) -> bool {
+    let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
+    let ready = attached.ready.values().flat_map(|eni| eni.sources(source.family()));
+    let pending = attached.pending.values().flat_map(|pending| pending.sources.iter().flatten().copied());
+    ready.chain(pending).chain(disputed).any(|theirs| theirs.contains(source))
+}
+
+fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
+    let is_address = source.prefix_len() == source.family().bits();
+    match (source, source.addr()) {
+        (_, IpAddr::V4(address)) if is_address => eni.ipv4s.push(address),
+        (_, IpAddr::V6(address)) if is_address => eni.ipv6s.push(address),
+        (IpNet::V4(prefix), _) => eni.ipv4_prefixes.push(prefix),
+        (IpNet::V6(prefix), _) => eni.ipv6_prefixes.push(prefix),
+    }
+    eni.unproven.insert(source);
+    // A family that is lost as a whole has lost its subnet, too.
+    if eni.subnets(source.family()).is_empty() {
+        for subnet in own.subnets.iter().filter(|subnet| subnet.contains(&source)) {
+            match subnet {
+                IpNet::V4(subnet) => eni.ipv4_subnet = Some(*subnet),
+                IpNet::V6(subnet) => eni.ipv6_subnets.push(*subnet),
+            }
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The ledger as a file: whatever stands in its place costs what it would have said, and a line in the log.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use support::machine::{Machine, difference, inside, ip, with_two_enis};
+use support::moments::settled_dump;
+
+fn path(machine: &Machine) -> PathBuf {
+    machine.directory.join("ledger.json")
+}
+
+/// A run repairs what is broken though the ledger is as it is, with so many lines about that in the log; the next is
+/// silent.
+fn assert_costs(machine: &Machine, what: &str, lines: usize) -> Result<()> {
+    ip("rule del priority 24001")?;
+    let run = machine.eniup("reconcile")?;
+    ensure!(run.exit == 0, "{what}: exit {}: {}", run.exit, run.stderr);
+    let said = run.stderr.lines().filter(|line| line.contains("ledger.json")).count();
+    ensure!(said == lines, "{what}: {said} lines in the log: {}", run.stderr);
+    machine.assert_settled().with_context(|| what.to_string())
+}
+
+#[test]
+fn a_ledger_that_cannot_be_read_costs_a_line_in_the_log() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let whole = fs::read(path(machine))?;
+            let mut bodies: Vec<Vec<u8>> = (0..whole.len() - 1).step_by(23).map(|end| whole[..end].to_vec()).collect();
+            bodies.extend([b"[]".to_vec(), b"null".to_vec(), b"{\"version\": \"one\"}".to_vec(), vec![0xff; 4096]]);
+            ensure!(bodies.len() > 10, "the ledger is too short to be cut");
+            for body in bodies {
+                fs::write(path(machine), &body)?;
+                assert_costs(machine, &body.escape_ascii().to_string(), 1)?;
+            }
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn one_that_cannot_be_written_costs_a_line_in_the_log_and_no_address() {
+    inside(|| {
+        with_two_enis(|machine| {
+            fs::create_dir_all(path(machine).join("in the way"))?;
+            let run = machine.eniup("reconcile")?;
+            ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+            ensure!(run.stderr.contains("going on without it"), "{}", run.stderr);
+            ensure!(ip("addr show eth02")?.contains("10.0.1.20/24"), "the ENI was not done");
+            Ok(())
+        })
+    });
+}
+
+/// Changes one field of the ledger after a run and releases: what was noted is not believed, so the link stays up.
+fn assert_ignored(field: &str, value: serde_json::Value) -> Result<()> {
+    with_two_enis(|machine| {
+        let found = settled_dump()?;
+        machine.reconcile(0)?;
+        let text = fs::read_to_string(path(machine))?;
+        let mut ledger: serde_json::Value = serde_json::from_str(&text)?;
+        ensure!(ledger[field] != serde_json::Value::Null, "the ledger has no {field}");
+        ledger[field] = value;
+        fs::write(path(machine), ledger.to_string())?;
+        assert_costs(machine, field, 0)?;
+        fs::write(path(machine), ledger.to_string())?;
+        let release = machine.eniup("release")?;
+        ensure!(release.exit == 0, "release: {}", release.stderr);
+        ensure!(ip("link show eth02")?.contains(",UP"), "{field}: the link was put back by notes of another's links");
+
+        // The judge first: with its own notes the link goes down.
+        machine.reconcile(0)?;
+        ip("link set eth02 up")?;
+        fs::write(path(machine), text)?;
+        machine.eniup("release")?;
+        let difference = difference(&found, &settled_dump()?);
+        ensure!(difference.is_empty(), "by its own notes:\n{difference}");
+        Ok(())
+    })
+}
+
+#[test]
+fn notes_of_another_version_boot_or_instance_are_ignored() {
+    inside(|| {
+        assert_ignored("version", 99.into())?;
+        assert_ignored("boot", "00000000-0000-0000-0000-000000000000 net:[1]".into())?;
+        assert_ignored("primary", "02:00:00:00:00:99".into())
+    });
+}
+
+/// As a kill between any two writes leaves it: the old ledger, with part of a new one beside it.
+#[test]
+fn a_ledger_half_written_when_the_run_was_killed_is_as_if_it_had_not_begun() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let found = settled_dump()?;
+            machine.reconcile(0)?;
+            let new = path(machine).with_extension("json.new");
+            ensure!(!Path::new(&new).exists(), "{} is left behind", new.display());
+            fs::write(&new, "{\"version\": 1, \"boot\": ")?;
+            assert_costs(machine, "half a ledger beside the whole one", 0)?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "release: {}", release.stderr);
+            let difference = difference(&found, &settled_dump()?);
+            ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}

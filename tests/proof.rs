@@ -1,0 +1,225 @@
+//! Removal on proof: what metadata lacks once stays in an automatic run, and works, until it lacks it a second time.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, ensure};
+use eniup::config::Config;
+use eniup::eni::Attached;
+use eniup::net::{MacAddr, Observed};
+use eniup::policy::PROOF_PAUSE;
+use eniup::proof::{Judgement, Sighting, Taken, judge};
+use support::machine::{Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_two_enis};
+use support::moments::{arrange, observe, settled_dump};
+use support::{Scenario, scenarios};
+
+/// Those in which a machine may have to give something up, and no link is somebody else's.
+fn losing() -> Result<Vec<Scenario>> {
+    let is_losing = |scenario: &Scenario| {
+        let support::Machine { enslave, twice, .. } = &scenario.machine;
+        let is_all_ours = enslave.is_empty() && twice.is_empty();
+        scenario.before.is_some() && scenario.attached.is_complete() && is_all_ours
+    };
+    Ok(scenarios()?.into_iter().filter(is_losing).collect())
+}
+
+/// Lets so many milliseconds pass between what was noted and what comes.
+fn age_notes(machine: &Machine, milliseconds: u64) -> Result<()> {
+    let path = machine.directory.join("ledger.json");
+    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    for sighting in ledger["sightings"].as_array_mut().context("the ledger has no sightings")? {
+        let since = sighting["since"].as_u64().context("a sighting has no time")?;
+        sighting["since"] = since.saturating_sub(milliseconds).into();
+    }
+    Ok(fs::write(path, ledger.to_string())?)
+}
+
+fn addresses_of(observed: &Observed) -> BTreeSet<(u32, IpAddr)> {
+    let ours = observed.addresses.iter().filter(|(_, address)| address.protocol == 176);
+    ours.map(|(link, address)| (*link, address.net.addr())).collect()
+}
+
+type Leaves = BTreeMap<String, String>;
+
+/// Each a snapshot that lacks something of a secondary ENI, whole and well-formed as far as it goes.
+fn lies(leaves: &Leaves, primary: MacAddr) -> Vec<(String, Leaves)> {
+    let is_of = |path: &str, key: &str| path.ends_with(&format!("/{key}")) && !path.contains(&primary.to_string());
+    let without = |is_gone: &dyn Fn(&str) -> bool| -> Leaves {
+        leaves.iter().filter(|(path, _)| !is_gone(path)).map(|(path, body)| (path.clone(), body.clone())).collect()
+    };
+    let first_lines = |key: &str| -> Leaves {
+        let shortened = |(path, body): (&String, &String)| {
+            let body = if is_of(path, key) { body.lines().next().unwrap_or_default() } else { body };
+            (path.clone(), body.to_string())
+        };
+        leaves.iter().map(shortened).collect()
+    };
+    let mut lies = vec![
+        ("secondary addresses".to_string(), first_lines("local-ipv4s")),
+        ("secondary IPv6 addresses".to_string(), first_lines("ipv6s")),
+        (
+            "all IPv6".to_string(),
+            without(&|path| ["ipv6s", "ipv6-prefix", "subnet-ipv6-cidr-blocks"].iter().any(|key| is_of(path, key))),
+        ),
+        ("prefixes".to_string(), without(&|path| is_of(path, "ipv4-prefix") || is_of(path, "ipv6-prefix"))),
+    ];
+    let macs: BTreeSet<&str> = leaves.keys().filter_map(|path| path.split('/').nth(3)).collect();
+    for mac in macs.into_iter().filter(|mac| *mac != primary.to_string()) {
+        lies.push((format!("the ENI {mac}"), without(&|path| path.contains(mac))));
+    }
+    lies.retain(|(_, lie)| lie != leaves);
+    lies
+}
+
+/// What the lie is about stays with all its rules; the same lie ten seconds later is the truth. False for one that is seen
+/// through at once, or is about nothing that the machine has.
+fn postpones(scenario: &Scenario, what: &str, lie: &Leaves) -> Result<bool> {
+    let attach = |machine: &mut Machine| -> Result<()> {
+        machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+        machine.reconcile(0)?;
+        Ok(())
+    };
+    let by_hand = on_a_machine(|machine| {
+        attach(machine)?;
+        let before = settled_dump()?;
+        machine.publish(lie.clone());
+        let run = machine.eniup("reconcile --timeout 200ms")?;
+        let after = settled_dump()?;
+        Ok((run.exit == 0 && after != before).then_some(after))
+    })?;
+    let Some(by_hand) = by_hand else { return Ok(false) };
+    on_a_machine(|machine| {
+        attach(machine)?;
+        let (whole, before) = (observe()?, settled_dump()?);
+        machine.publish(lie.clone());
+        let first = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        ensure!(first.exit == 0, "exit {}: {}", first.exit, first.stderr);
+        ensure!(first.stderr.contains("stays: metadata has to lack it twice"), "it says nothing: {}", first.stderr);
+        ensure!(addresses_of(&observe()?) == addresses_of(&whole), "gone without proof: {}", first.stderr);
+        let is_rule = |line: &&String| line.contains(" rule:");
+        let rules = |lines: &[String]| lines.iter().filter(is_rule).cloned().collect::<Vec<_>>();
+        let changed = difference(&rules(&before), &rules(&settled_dump()?));
+        ensure!(changed.is_empty(), "other rules:\n{changed}");
+        let again = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        ensure!(again.exit == 0 && again.stderr.is_empty(), "at once again: {}", again.stderr);
+        age_notes(machine, PROOF_PAUSE)?;
+        let second = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        ensure!(second.exit == 0, "exit {}: {}", second.exit, second.stderr);
+        let difference = difference(&by_hand, &settled_dump()?);
+        ensure!(difference.is_empty(), "another end than by hand:\n{difference}");
+        Ok(true)
+    })
+    .with_context(|| format!("{}: metadata lacks {what}", scenario.name))
+}
+
+#[test]
+fn an_automatic_run_keeps_what_metadata_lacks_once_and_ends_as_one_by_hand_when_it_lacks_it_twice() {
+    inside(|| {
+        let mut told = 0;
+        for scenario in scenarios()? {
+            let is_plain = scenario.before.is_none() && !scenario.folder.join("machine.json").exists();
+            if !is_plain || !scenario.attached.is_complete() {
+                continue;
+            }
+            let leaves = read_leaves(&scenario.folder.join("metadata.json"))?;
+            for (what, lie) in lies(&leaves, scenario.attached.primary) {
+                told += usize::from(postpones(&scenario, &what, &lie)?);
+            }
+        }
+        ensure!(told > 15, "only {told} lies were told");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_link_that_is_gone_is_proof_at_once() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let alone = scenario("one-eni-gets-its-secondary-addresses")?;
+            machine.become_attached(&alone.folder.join("metadata.json"), &alone.attached)?;
+            let run = machine.eniup("reconcile --automatic")?;
+            ensure!(run.exit == 0 && !run.stderr.contains("stays"), "exit {}: {}", run.exit, run.stderr);
+            ensure!(!ip("rule")?.contains("20001"), "its rules are still there");
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
+fn what_comes_back_or_is_seen_by_hand_has_to_be_lost_twice_anew() {
+    inside(|| {
+        let scenario = scenario("secondary-address-goes")?;
+        on_a_machine(|machine| {
+            arrange(machine, &scenario)?;
+            let before = scenario.before.as_ref().context("it has an earlier snapshot")?;
+            let addresses = addresses_of(&observe()?);
+            for meanwhile in ["reconcile --automatic", "reconcile"] {
+                machine.eniup("reconcile --automatic")?;
+                machine.become_attached(&scenario.folder.join("before.json"), before)?;
+                age_notes(machine, PROOF_PAUSE)?;
+                let run = machine.eniup(meanwhile)?;
+                ensure!(run.exit == 0, "{meanwhile}: {}", run.stderr);
+                machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
+                machine.eniup("reconcile --automatic")?;
+                ensure!(addresses_of(&observe()?) == addresses, "{meanwhile}: gone after it was lost once");
+            }
+            Ok(())
+        })
+    });
+}
+
+const AT_FIRST: Taken = Taken { begun: 1_000_000, ended: 1_000_300 };
+
+fn taken(after: u64) -> Taken {
+    Taken { begun: AT_FIRST.ended + after, ended: AT_FIRST.ended + after + 5 }
+}
+
+fn judged(scenario: &Scenario, attached: &Attached, known: &BTreeSet<Sighting>, taken: Taken) -> Judgement {
+    judge(attached, &scenario.observed(), known, taken, &Config::default())
+}
+
+#[test]
+fn two_snapshots_prove_it_when_the_second_began_ten_seconds_after_the_first_ended() -> Result<()> {
+    let mut lost = 0;
+    for scenario in losing()? {
+        let attached = &scenario.attached;
+        let first = judged(&scenario, attached, &BTreeSet::new(), AT_FIRST);
+        let soon = judged(&scenario, attached, &first.sightings, taken(PROOF_PAUSE - 1));
+        let late = judged(&scenario, attached, &first.sightings, taken(PROOF_PAUSE));
+        assert_eq!(soon, first, "{}", scenario.name);
+        assert_eq!((&late.attached, late.postponed.len()), (attached, 0), "{}", scenario.name);
+        assert_eq!(late.sightings, first.sightings, "{}: forgotten before it is gone", scenario.name);
+        lost += first.postponed.len();
+    }
+    assert!(lost > 3, "only {lost} things were lost");
+    Ok(())
+}
+
+#[test]
+fn a_snapshot_that_did_not_tell_all_is_none_of_the_two() -> Result<()> {
+    let scenario = scenario("detached-eni-whose-link-is-still-here-goes")?;
+    let mut doubtful = scenario.attached.clone();
+    doubtful.malformed.push("an entry that is no MAC address".into());
+    let first = judged(&scenario, &doubtful, &BTreeSet::new(), AT_FIRST);
+    assert!(first.sightings.is_empty() && !first.postponed.is_empty());
+    // Between two that did, it neither proves nor disproves.
+    let first = judged(&scenario, &scenario.attached, &BTreeSet::new(), AT_FIRST);
+    let between = judged(&scenario, &doubtful, &first.sightings, taken(2 * PROOF_PAUSE));
+    assert_eq!((&between.sightings, &between.postponed), (&first.sightings, &first.postponed));
+    Ok(())
+}
+
+#[test]
+fn a_note_from_the_future_proves_nothing() -> Result<()> {
+    let scenario = scenario("secondary-address-goes")?;
+    let first = judged(&scenario, &scenario.attached, &BTreeSet::new(), AT_FIRST);
+    let earlier = Taken { begun: 100, ended: 200 };
+    let again = judged(&scenario, &scenario.attached, &first.sightings, earlier);
+    assert_eq!(again.postponed, first.postponed);
+    assert!(again.sightings.iter().all(|sighting| sighting.since == earlier.ended));
+    Ok(())
+}
