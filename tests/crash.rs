@@ -15,7 +15,7 @@ use eniup::operation::Operation;
 use eniup::plan::Step;
 use eniup::release::release;
 use support::machine::{self, Machine, difference, inside, on_a_machine};
-use support::moments::{arrange, observe, settled_dump, ways, with_netlink};
+use support::moments::{arrange, observe, reconcile, settled_dump, ways, with_netlink};
 use support::{Scenario, plan_for, scenarios};
 
 /// The plan that a run would carry out first, noted in the ledger as that run notes it before its first operation.
@@ -86,7 +86,7 @@ fn converges_from_every_crash_point(is_meant: impl Fn(usize) -> bool + Sync) {
         for (_, scenario) in scenarios.iter().enumerate().filter(|(n, _)| is_meant(*n)) {
             let whole = on_a_machine(|machine| {
                 arrange(machine, scenario)?;
-                machine.eniup("reconcile --timeout 200ms")?;
+                machine.eniup(reconcile(&scenario.attached))?;
                 settled_dump()
             })?;
             let mut k = 0;
@@ -94,9 +94,9 @@ fn converges_from_every_crash_point(is_meant: impl Fn(usize) -> bool + Sync) {
                 arrange(machine, scenario)?;
                 let steps = begin(machine, scenario)?;
                 carry_out(&steps[..k])?;
-                let run = machine.eniup("reconcile --timeout 200ms")?;
+                let run = machine.eniup(reconcile(&scenario.attached))?;
                 ensure!([0, 3].contains(&run.exit), "exit {}: {}", run.exit, run.stderr);
-                let plan = machine.eniup("plan --timeout 200ms")?;
+                let plan = machine.eniup("plan")?;
                 ensure!(plan.stdout.is_empty(), "left to do:\n{}", plan.stdout);
                 let difference = difference(&whole, &settled_dump()?);
                 ensure!(difference.is_empty(), "another end than without a kill:\n{difference}");

@@ -86,7 +86,7 @@ fn postpones(scenario: &Scenario, what: &str, lie: &Leaves) -> Result<bool> {
         attach(machine)?;
         let before = settled_dump()?;
         machine.publish(lie.clone());
-        let run = machine.eniup("reconcile --timeout 200ms")?;
+        let run = machine.eniup("reconcile --timeout 500ms")?;
         let after = settled_dump()?;
         Ok((run.exit == 0 && after != before).then_some(after))
     })?;
@@ -95,7 +95,7 @@ fn postpones(scenario: &Scenario, what: &str, lie: &Leaves) -> Result<bool> {
         attach(machine)?;
         let (whole, before) = (observe()?, settled_dump()?);
         machine.publish(lie.clone());
-        let first = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        let first = machine.eniup("reconcile --automatic")?;
         ensure!(first.exit == 0, "exit {}: {}", first.exit, first.stderr);
         ensure!(first.stderr.contains("stays: metadata has to lack it twice"), "it says nothing: {}", first.stderr);
         ensure!(addresses_of(&observe()?) == addresses_of(&whole), "gone without proof: {}", first.stderr);
@@ -103,10 +103,10 @@ fn postpones(scenario: &Scenario, what: &str, lie: &Leaves) -> Result<bool> {
         let rules = |lines: &[String]| lines.iter().filter(is_rule).cloned().collect::<Vec<_>>();
         let changed = difference(&rules(&before), &rules(&settled_dump()?));
         ensure!(changed.is_empty(), "other rules:\n{changed}");
-        let again = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        let again = machine.eniup("reconcile --automatic")?;
         ensure!(again.exit == 0 && again.stderr.is_empty(), "at once again: {}", again.stderr);
         age_notes(machine, PROOF_PAUSE)?;
-        let second = machine.eniup("reconcile --automatic --timeout 200ms")?;
+        let second = machine.eniup("reconcile --automatic")?;
         ensure!(second.exit == 0, "exit {}: {}", second.exit, second.stderr);
         let difference = difference(&by_hand, &settled_dump()?);
         ensure!(difference.is_empty(), "another end than by hand:\n{difference}");

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::Result;
+use eniup::eni::Attached;
 use eniup::net::Observed;
 use eniup::netlink::Netlink;
 
@@ -13,11 +14,16 @@ use super::machine::{self, Machine, dump, ip};
 /// Far away; its way is the default route.
 const FAR: [&str; 2] = ["198.51.100.7", "2001:db8:100::7"];
 
+/// A run that waits for pending ENIs no longer than it needs to ask for what there is.
+pub fn reconcile(attached: &Attached) -> &'static str {
+    if attached.is_complete() { "reconcile" } else { "reconcile --timeout 500ms" }
+}
+
 /// The machine as the scenario finds it, in the real kernel.
 pub fn arrange(machine: &mut Machine, scenario: &Scenario) -> Result<()> {
     if let Some(before) = &scenario.before {
         machine.become_attached(&scenario.folder.join("before.json"), before)?;
-        machine.eniup("reconcile --timeout 200ms")?;
+        machine.eniup(reconcile(before))?;
     }
     machine.become_attached(&scenario.folder.join("metadata.json"), &scenario.attached)?;
     for command in changes(machine, scenario) {
