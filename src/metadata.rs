@@ -160,6 +160,8 @@ impl Tree {
             }
         }
         let mut tree = Tree::default();
+        // A snapshot is all there is: what it does not have was not there.
+        tree.insert(INTERFACES, Answer::Absent);
         for (directory, names) in listings {
             tree.insert(directory, Answer::Present(Vec::from_iter(names).join("\n")));
         }

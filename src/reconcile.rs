@@ -87,7 +87,8 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
         }
-        for (eni, trouble) in report.troubles.iter().filter(|_| pause == FIRST_PAUSE) {
+        let waits = |trouble: &Trouble| pause == FIRST_PAUSE && trouble.state == State::Pending;
+        for (eni, trouble) in report.troubles.iter().filter(|(_, trouble)| waits(trouble)) {
             tracing::info!("waiting for {eni}: {}", trouble.why);
         }
         sleep_until(Instant::now() + pause).await;

@@ -503,8 +503,21 @@ impl Network {
 #[test]
 fn ipv4_is_asked_first_and_alone_when_it_answers() {
     vpc_lab::inside(|| {
-        let (tree, _, tokens) = Network::new()?.with_ipv4(0)?.with_ipv6()?.read();
-        ensure!(tokens == [1, 0] && tree?.get("mac") == Answer::Present(mac(0).to_string()));
+        let network = Network::new()?.with_ipv4(0)?.with_ipv6()?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut others = 0;
+        for read in 1.. {
+            let (tree, elapsed, tokens) = network.read();
+            ensure!(tree?.get("mac") == Answer::Present(mac(0).to_string()));
+            ensure!(tokens[0] == read, "{tokens:?} after {read} reads");
+            // What a busy machine answers later than that is asked for by the other way, too.
+            if elapsed < Duration::from_millis(200) {
+                ensure!(tokens[1] == others, "{tokens:?}");
+                return Ok(());
+            }
+            others = tokens[1];
+            ensure!(Instant::now() < deadline, "no read was quick");
+        }
         Ok(())
     });
 }

@@ -163,3 +163,19 @@ fn no_failure_turns_into_an_empty_answer_at_the_doors() {
         }
     }
 }
+
+/// The judge is independent: it knows the binary by its path alone.
+#[test]
+fn the_judge_shares_no_code_with_eniup() {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vpc-lab");
+    let manifest = fs::read_to_string(lab.join("Cargo.toml")).unwrap();
+    let dependencies = manifest.split("[dependencies]").nth(1).expect("it has dependencies");
+    assert!(!dependencies.lines().any(|line| line.trim_start().starts_with("eniup")), "{dependencies}");
+    for folder in ["src", "tests"] {
+        for entry in fs::read_dir(lab.join(folder)).unwrap() {
+            let file = entry.unwrap().path();
+            let text = fs::read_to_string(&file).unwrap();
+            assert_eq!(find(&text, &["eniup::", "#[path", "include!(\"../../.."]), None, "{}", file.display());
+        }
+    }
+}

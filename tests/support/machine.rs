@@ -177,7 +177,8 @@ pub fn dump() -> Result<Vec<String>> {
                 .map_or(line, |(first, rest)| if first.parse::<u32>().is_ok() { rest } else { line });
             // A link that was never up has no queueing discipline yet.
             let line = without_carrier(&line.replace("qdisc noop ", "qdisc noqueue "));
-            if !line.contains("fe80::") && !line.contains("ff00::/8") {
+            let is_kernels = line.contains("fe80::") && !line.contains("proto 176") || line.contains("ff00::/8");
+            if !is_kernels {
                 lines.push(format!("{dump}: {}", line.trim_end()));
             }
         }
