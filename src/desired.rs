@@ -29,6 +29,8 @@ pub struct Desired {
     pub rules: Vec<Wanted<Rule>>,
     /// ENIs that are listed but pending: nothing of theirs may be removed.
     pub pending: BTreeSet<MacAddr>,
+    /// ENIs that are somebody else's, or may be: nothing of theirs is touched at all.
+    pub left_alone: BTreeSet<MacAddr>,
     /// Whether the snapshot told all there is, so that what it does not name does not exist.
     pub is_complete: bool,
 }
@@ -67,6 +69,7 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         enis: BTreeMap::new(),
         rules: Vec::new(),
         pending: attached.pending.keys().copied().collect(),
+        left_alone: attached.ignored.keys().chain(&attached.undecided).copied().collect(),
         is_complete: attached.is_complete(),
     };
     if !has_secondary {
@@ -305,12 +308,15 @@ fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
     sources.extend(of_family(&disputed, family));
     let mut are_all_known = attached.malformed.is_empty();
     let mut subnets = Vec::new();
-    for pending in attached.pending.iter().filter(|(other, _)| **other != mac).map(|(_, pending)| pending) {
-        match &pending.sources {
-            Some(known) => sources.extend(of_family(known, family)),
+    let pending = attached.pending.iter().filter(|(other, _)| **other != mac);
+    let pending = pending.map(|(_, pending)| (pending.sources.clone(), pending.subnets.clone()));
+    let ignored = attached.ignored.values().map(|ignored| (ignored.sources(), ignored.subnets()));
+    for (known, of_subnets) in pending.chain(ignored) {
+        match known {
+            Some(known) => sources.extend(of_family(&known, family)),
             None => {
                 are_all_known = false;
-                subnets.extend(of_family(&pending.subnets, family));
+                subnets.extend(of_family(&of_subnets, family));
             }
         }
     }
@@ -322,5 +328,8 @@ fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
     let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
     let ready = ready.filter(|(_, eni)| eni.has_family(family)).flat_map(|(_, eni)| eni.subnets(family));
     let pending = attached.pending.iter().filter(|(mac, _)| **mac != attached.primary);
-    ready.chain(pending.flat_map(|(_, pending)| of_family(&pending.subnets, family))).collect()
+    let pending = pending.flat_map(|(_, pending)| of_family(&pending.subnets, family));
+    let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
+    let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));
+    ready.chain(pending).chain(ignored).collect()
 }

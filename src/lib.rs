@@ -28,4 +28,5 @@ pub mod policy;
 pub mod reconcile;
 pub mod release;
 pub mod report;
+pub mod selection;
 pub mod status;

@@ -119,7 +119,8 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
         plan.want_objects(eni, link, observed, &mut keep, config);
     }
     // The guard rule has to know a pending ENI's link too: another manager may have put its subnet into main.
-    let pending = desired.pending.iter().filter_map(|mac| find_link(*mac, observed).ok().flatten());
+    let pending = desired.pending.difference(&desired.left_alone);
+    let pending = pending.filter_map(|mac| find_link(*mac, observed).ok().flatten());
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
@@ -128,7 +129,8 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
         plan.want_rule(eni, &rule, observed);
     }
     let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
-    plan.steps.extend(unwanted.steps(&keep));
+    let left_alone = LeftAlone::of_enis(&desired.left_alone, observed, config);
+    plan.steps.extend(unwanted.steps(&keep).into_iter().filter(|step| !left_alone.has(&step.operation)));
     // Stable: within a phase each ENI's own order stays.
     plan.steps.sort_by_key(|step| step.operation.phase());
     plan
@@ -199,7 +201,7 @@ pub fn find_link(mac: MacAddr, observed: &Observed) -> Result<Option<&Link>, Tro
     }
 }
 
-/// The guard rule cannot tell that a link in a foreign group is an ENI's, and would send other ENIs' traffic by the
+/// The guard rule cannot tell that a link in a foreign group, or of an ENI that is left alone, is an ENI's, and would send other ENIs' traffic by the
 /// routes in `main` by that link. So each such route gets rules before the guard, which send the other ENIs' traffic to
 /// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
 /// for itself before those.
@@ -213,10 +215,11 @@ fn before_guard<'a>(
     if desired.rules.is_empty() {
         return Vec::new();
     }
-    let macs = desired.enis.keys().chain(&desired.pending);
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
     let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
     let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
-    let is_foreign = |link: &&Link| link.group != 0 && link.group != config.link_group;
+    let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
+    let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
     let mut rules = Vec::new();
     let routes = main_routes(observed);
     for (index, route) in &routes {
@@ -236,8 +239,8 @@ fn before_guard<'a>(
                 let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
                 let priority = policy::priority_before_guard(config, &destination, rank);
                 let rule = Rule { to: Some(to), priority, ..rule.clone() };
-                let reason =
-                    format!("not by {}, which main has for {destination}: it stays in a foreign group", link.name);
+                let why = if is_left_alone(link) { "it is left alone" } else { "it stays in a foreign group" };
+                let reason = format!("not by {}, which main has for {destination}: {why}", link.name);
                 rules.push((Some(*eni), Wanted { object: rule, reason }));
             }
         }
@@ -408,6 +411,52 @@ impl Plan {
             None => Operation::AddAddress { link: reference(link), address: wanted.object },
         };
         self.push(Some(eni), operation, reason);
+    }
+}
+
+/// The links of ENIs that are left alone, and what of ours is there from before: on the link and in the ENI's tables.
+pub struct LeftAlone {
+    links: BTreeSet<u32>,
+    names: BTreeSet<String>,
+    tables: BTreeSet<u32>,
+}
+
+impl LeftAlone {
+    fn of_enis(enis: &BTreeSet<MacAddr>, observed: &Observed, config: &Config) -> LeftAlone {
+        let links = observed.links.values().filter(|link| link.mac.is_some_and(|mac| enis.contains(&mac)));
+        LeftAlone::of_links(links.map(|link| link.index).collect(), observed, config)
+    }
+
+    pub fn of_links(links: BTreeSet<u32>, observed: &Observed, config: &Config) -> LeftAlone {
+        let is_of_links = |index: &Option<u32>| index.is_some_and(|index| links.contains(&index));
+        let names = links.iter().filter_map(|index| Some(observed.links.get(index)?.name.clone())).collect();
+        let is_by_name = |rule: &&Rule| rule.oif.as_ref().is_some_and(|oif| BTreeSet::contains(&names, oif));
+        let by_rules = observed.rules.iter().filter(is_by_name).map(|rule| rule.table);
+        let by_routes = observed.routes.iter().filter(|(index, _)| is_of_links(index)).map(|(_, route)| route.table);
+        // `main` is everybody's.
+        let tables = by_rules.chain(by_routes).filter(|table| *table != policy::MAIN_TABLE);
+        let tables = tables.flat_map(|table| Family::BOTH.map(|family| policy::last_table(config, table, family)));
+        let tables = tables.collect();
+        LeftAlone { links, names, tables }
+    }
+
+    /// Whether the operation would touch any of it.
+    pub fn has(&self, operation: &Operation) -> bool {
+        let is_table = |table: u32| self.tables.contains(&table);
+        let is_link = |link: &LinkRef| self.links.contains(&link.index);
+        match operation {
+            Operation::AddRule { rule } | Operation::DeleteRule { rule } => {
+                is_table(rule.table) || rule.oif.as_ref().is_some_and(|oif| self.names.contains(oif))
+            }
+            Operation::AddRoute { link, route } | Operation::DeleteRoute { link, route } => {
+                is_table(route.table) || link.as_ref().is_some_and(is_link)
+            }
+            Operation::SetLink { link, .. }
+            | Operation::ResetLink { link, .. }
+            | Operation::AddAddress { link, .. }
+            | Operation::ChangeAddress { link, .. }
+            | Operation::DeleteAddress { link, .. } => is_link(link),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
+use crate::selection::select;
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
@@ -59,14 +60,19 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
-    let mut tree = imds.snapshot(Scope::Routing).await?;
-    let mut attached = metadata::attached(&tree)?;
+    let mut tree = imds.snapshot(scope(&options.config)).await?;
+    let mut all = metadata::attached(&tree)?;
+    let mut attached = all.clone();
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let desired = desired(&attached, &options.config);
+        // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
+        let desire = |observed: &Observed| {
+            attached = select(&all, &tree, observed, &options.config);
+            desired(&attached, &options.config)
+        };
         let changes = report.changes;
-        report = converge(&mut netlink, &desired, attached.primary, options).await?;
+        report = converge(&mut netlink, desire, all.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
         report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
@@ -77,7 +83,7 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         }
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        (tree, attached) = match read_again(&mut imds, tree, &attached).await {
+        (tree, all) = match read_again(&mut imds, tree, &attached, &options.config).await {
             Ok(read) => read,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
             Err(error) => {
@@ -88,9 +94,14 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     }
 }
 
+/// How much of metadata is needed.
+fn scope(config: &Config) -> Scope {
+    if config.needs_details() { Scope::Selection } else { Scope::Routing }
+}
+
 /// The snapshot with what was not settled in it read anew.
-async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached) -> Result<(Tree, Attached)> {
-    let tree = imds.ask_again(tree, &attached.unsettled(), Scope::Routing).await?;
+async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached, config: &Config) -> Result<(Tree, Attached)> {
+    let tree = imds.ask_again(tree, &attached.unsettled(), scope(config)).await?;
     let attached = metadata::attached(&tree)?;
     Ok((tree, attached))
 }
@@ -122,13 +133,18 @@ pub async fn release_all(options: &Options) -> Result<Report> {
 }
 
 /// Applies until nothing is left to do, a few rounds at most; what is left then is reported.
-async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, options: &Options) -> Result<Report> {
+async fn converge(
+    netlink: &mut Netlink,
+    mut desire: impl FnMut(&Observed) -> Desired,
+    primary: MacAddr,
+    options: &Options,
+) -> Result<Report> {
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
         let before = ledger::load(&options.directory);
         let observed = before.recall(netlink.observe().await?, options.config.mark);
-        let plan = plan(desired, &observed, primary, &options.config);
+        let plan = plan(&desire(&observed), &observed, primary, &options.config);
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
             report.troubles.extend(plan_troubles(&plan, &failures));
@@ -231,7 +247,8 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let observed = observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
-    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+    let tree = imds.snapshot(scope(config)).await?;
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 21] = [
+const FLOW: [&str; 22] = [
     "net",
     "eni",
     "config",
     "policy",
     "metadata",
+    "selection",
     "cover",
     "desired",
     "operation",
@@ -30,8 +31,21 @@ const FLOW: [&str; 21] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 12] =
-    ["net", "eni", "config", "policy", "metadata", "cover", "desired", "operation", "plan", "fib", "release", "status"];
+const PURE: [&str; 13] = [
+    "net",
+    "eni",
+    "config",
+    "policy",
+    "metadata",
+    "selection",
+    "cover",
+    "desired",
+    "operation",
+    "plan",
+    "fib",
+    "release",
+    "status",
+];
 
 /// Edges against the flow that are part of the drawing: `config`'s defaults are `policy`'s numbers.
 const BOTH_WAYS: [(&str, &str); 1] = [("config", "policy")];

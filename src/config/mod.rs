@@ -3,6 +3,7 @@
 
 mod problem;
 mod reading;
+pub mod selector;
 mod show;
 mod table;
 
@@ -14,6 +15,7 @@ use std::fmt;
 use crate::policy;
 pub use problem::{Place, Problem, Problems};
 pub use reading::read;
+use selector::Selector;
 
 /// The numbers by which eniup marks and orders what it puts into the kernel, and what else can be chosen.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,6 +34,10 @@ pub struct Config {
     pub rules: Rules,
     /// When a run gives up waiting: for another run, for metadata, for pending ENIs.
     pub timeout: Duration,
+    /// If there is any, only the ENIs that one of them means are managed.
+    pub manage: Vec<Selector>,
+    /// The ENIs that one of these means are left alone, also if they are meant to be managed.
+    pub ignore: Vec<Selector>,
 }
 
 /// The form of the rules that send an ENI's traffic by that ENI. Both forms send every address the same way.
@@ -44,6 +50,14 @@ pub enum Rules {
     PerAddress,
 }
 
+impl Config {
+    /// Whether ENIs are told apart by what routing does not need to know of them.
+    pub fn needs_details(&self) -> bool {
+        let selectors = self.manage.iter().chain(&self.ignore);
+        selectors.flat_map(|selector| selector.wanted.keys()).any(|attribute| attribute.is_detail())
+    }
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -54,6 +68,8 @@ impl Default for Config {
             link_group: policy::LINK_GROUP,
             rules: Rules::default(),
             timeout: policy::TIMEOUT,
+            manage: Vec::new(),
+            ignore: Vec::new(),
         }
     }
 }

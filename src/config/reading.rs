@@ -8,6 +8,7 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Problem, Problems, Source, line_of};
+use super::selector::Selector;
 use super::table::{Spot, Table, Wrong, number, text, word};
 use super::{Config, File, Origin, Rules, Settings};
 use crate::policy;
@@ -82,6 +83,14 @@ impl<'a> Reading<'a> {
         self.set("rules", source, table.value("rules", |value| word(value, &RULES)), |config| &mut config.rules);
         self.set("timeout", source, table.value("timeout", duration), |config| &mut config.timeout);
         table.table("numbers", |table| self.read_numbers(source, table));
+        let selector = |table: &mut Table, span: &Range<usize>| {
+            if table.is_empty() {
+                table.wrong(span, "this selects no ENI", "say which: mac = \"02:…\", id = \"eni-…\", link = \"ens6\"");
+            }
+            Selector::read(table, origin(source, span))
+        };
+        table.tables("manage", |table, span| self.config.manage.extend(selector(table, span)));
+        table.tables("ignore", |table, span| self.config.ignore.extend(selector(table, span)));
     }
 
     fn read_numbers(&mut self, source: Source<'a>, table: &mut Table) {

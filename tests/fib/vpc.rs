@@ -158,6 +158,8 @@ impl Vpc {
             pending: BTreeMap::new(),
             disputes: BTreeMap::new(),
             malformed: Vec::new(),
+            ignored: BTreeMap::new(),
+            undecided: BTreeSet::new(),
         }
     }
 }
