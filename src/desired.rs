@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
+use crate::config::choices::{Choices, MainRoutes, Tables};
 use crate::config::{Config, Rules};
 use crate::cover::{cover, exact, of_family, overlap};
 use crate::eni::{Attached, Eni, show_source};
-use crate::net::{Address, Family, MacAddr, Route, Rule};
+use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind, Rule};
 use crate::policy;
 
 /// A desired object with the reason it is wanted, for people.
@@ -58,8 +59,8 @@ pub struct DesiredEni {
 pub enum DesiredLink {
     /// The primary's: the distribution looks after it.
     Left,
-    /// A secondary ENI's: up, as large as the primary's, deaf to router advertisements, known by more names.
-    Kept { altnames: Vec<String> },
+    /// A secondary ENI's: up, as large as the primary's or as chosen, deaf to router advertisements, known by more names.
+    Kept { altnames: Vec<String>, mtu: Option<u32> },
 }
 
 /// What the kernel should have, from metadata and configuration alone.
@@ -139,6 +140,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
 
 fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) -> DesiredEni {
     let table = policy::table(config, eni.slot);
+    let choices = attached.choices.get(&mac).cloned().unwrap_or_default();
     let families: Vec<Family> = Family::BOTH.into_iter().filter(|family| eni.has_family(*family)).collect();
     let mut routes = Vec::new();
     let mut rules = Vec::new();
@@ -150,12 +152,23 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         if is_first_of_missing_family(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
+        if choices.main_routes == Some(MainRoutes::Connected) {
+            routes.extend(connected_routes(eni, family, config));
+        }
         rules.extend(source_rules(attached, mac, eni, family, config));
     }
+    let chosen: Vec<Wanted<Route>> =
+        families.iter().flat_map(|family| chosen_routes(eni, *family, table, &choices, config)).collect();
+    let is_replaced = |route: &Route| {
+        let same = |chosen: &Route| (chosen.destination, chosen.table) == (route.destination, route.table);
+        route.kind == RouteKind::Unicast && chosen.iter().any(|chosen| same(&chosen.object))
+    };
+    routes.retain(|route| !is_replaced(&route.object));
+    routes.extend(chosen);
     DesiredEni {
         id: eni.id.clone(),
         table,
-        link: DesiredLink::Kept { altnames: policy::altnames(&eni.id, eni.slot) },
+        link: DesiredLink::Kept { altnames: policy::altnames(&eni.id, eni.slot), mtu: choices.mtu },
         addresses: addresses(eni, config),
         routes,
         rules,
@@ -209,6 +222,37 @@ fn link_local_route(eni: &Eni, family: Family, table: u32, config: &Config) -> O
             Some(wanted(route, format!("neighbours of {}", eni.id)))
         }
     }
+}
+
+/// For unbound traffic to the ENI's neighbours, as chosen. Behind any other manager's route to the same subnet.
+fn connected_routes(eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Route>> {
+    let route = |subnet| Route {
+        metric: policy::MAIN_METRIC,
+        ..policy::route(config, subnet, None, policy::MAIN_TABLE, family)
+    };
+    let reason = format!("unbound traffic to {}'s subnet leaves by it, as configured", eni.id);
+    eni.subnets(family).into_iter().map(|subnet| wanted(route(subnet), reason.clone())).collect()
+}
+
+/// Routes that are chosen for the ENI; each replaces the one to its destination that would be there otherwise.
+fn chosen_routes(eni: &Eni, family: Family, table: u32, choices: &Choices, config: &Config) -> Vec<Wanted<Route>> {
+    let mut routes = Vec::new();
+    for chosen in choices.routes.iter().filter(|chosen| chosen.to.family() == family) {
+        let Some(gateway) = chosen.via.or_else(|| eni.router(family)) else { continue };
+        let in_table = |table, metric| {
+            // `main` has no connected route by which the gateway could be found.
+            let is_onlink = family == Family::V4;
+            let route = Route { is_onlink, metric, ..policy::route(config, chosen.to, Some(gateway), table, family) };
+            wanted(route, format!("configured for {}", eni.id))
+        };
+        match chosen.tables {
+            Tables::Eni => routes.push(in_table(table, policy::metric(family))),
+            Tables::Main => routes.push(in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)),
+            Tables::Both => routes
+                .extend([in_table(table, policy::metric(family)), in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)]),
+        }
+    }
+    routes
 }
 
 /// Without a default of its own, a family that only a secondary ENI has could not be used by unbound traffic at all.
@@ -265,13 +309,14 @@ fn sources_of_rules(
 ) -> Vec<SourceOfRule> {
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
     let others = other_sources(attached, mac, family);
+    let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
     for subnet in eni.subnets(family) {
         let inside: Vec<IpNet> = own.iter().filter(|source| subnet.contains(*source)).copied().collect();
         if inside.is_empty() {
             continue;
         }
-        if config.rules == Rules::PerAddress {
+        if rules == Rules::PerAddress {
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }

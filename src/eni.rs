@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
 
+use crate::config::choices::Choices;
 use crate::net::{Family, HasFamily, MacAddr};
 
 /// Where an ENI is plugged in. Device numbers repeat on every network card.
@@ -219,6 +220,8 @@ pub struct Attached {
     pub ignored: BTreeMap<MacAddr, Ignored>,
     /// Pending ENIs of which it cannot be told yet whether they are to be left alone, and so they are.
     pub undecided: BTreeSet<MacAddr>,
+    /// What the configuration chooses for ENIs.
+    pub choices: BTreeMap<MacAddr, Choices>,
 }
 
 /// An attached ENI that is somebody else's to configure. It counts where others must not be taken for it.

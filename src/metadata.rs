@@ -279,7 +279,16 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         }
     }
     disputes.retain(|mac, _| ready.contains_key(mac));
-    Ok(Attached { primary, ready, pending, disputes, malformed, ignored: BTreeMap::new(), undecided: BTreeSet::new() })
+    Ok(Attached {
+        primary,
+        ready,
+        pending,
+        disputes,
+        malformed,
+        ignored: BTreeMap::new(),
+        undecided: BTreeSet::new(),
+        choices: BTreeMap::new(),
+    })
 }
 
 /// From ready to pending, with all that is known of it.

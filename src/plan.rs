@@ -124,7 +124,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
-    for (eni, rule) in before_guard(desired, observed, &placed, &keep.rules, config) {
+    for (eni, rule) in before_guard(desired, observed, &placed, &keep, config) {
         keep.rules.insert(rule.object.clone());
         plan.want_rule(eni, &rule, observed);
     }
@@ -209,7 +209,7 @@ fn before_guard<'a>(
     desired: &Desired,
     observed: &Observed,
     placed: &BTreeMap<MacAddr, (&'a DesiredEni, &Link)>,
-    kept: &BTreeSet<Rule>,
+    keep: &Keep,
     config: &Config,
 ) -> Vec<(Option<&'a DesiredEni>, Wanted<Rule>)> {
     if desired.rules.is_empty() {
@@ -221,7 +221,7 @@ fn before_guard<'a>(
     let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
     let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
     let mut rules = Vec::new();
-    let routes = main_routes(observed);
+    let routes = main_routes(observed, keep);
     for (index, route) in &routes {
         let Some(link) = eni_link(index).filter(is_foreign) else { continue };
         let destination = route.destination;
@@ -233,7 +233,7 @@ fn before_guard<'a>(
             continue;
         }
         for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
-            let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
+            let is_meant = |rule: &&Rule| rule.family == destination.family() && keep.rules.contains(rule);
             for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
                 let Some(to) = narrower(rule.to, destination) else { continue };
                 let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
@@ -258,9 +258,9 @@ fn before_guard<'a>(
     rules
 }
 
-/// The routes of `main` that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
+/// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
 /// its link.
-fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
+fn main_routes(observed: &Observed, keep: &Keep) -> BTreeSet<(Option<u32>, Route)> {
     let is_link_local = |route: &Route| match route.destination.addr() {
         IpAddr::V4(_) => false,
         IpAddr::V6(address) => address.is_unicast_link_local(),
@@ -269,7 +269,7 @@ fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
         let length = u32::from(route.destination.prefix_len());
         route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
     };
-    observed.routes.iter().filter(|(_, route)| is_looked_at(route)).copied().collect()
+    observed.routes.union(&keep.routes).filter(|(_, route)| is_looked_at(route)).copied().collect()
 }
 
 /// What two destinations have in common; no limit is everything.
@@ -291,14 +291,19 @@ impl Plan {
     }
 
     fn want_link(&mut self, eni: &DesiredEni, link: &Link, primary_mtu: Option<u32>, observed: &Observed) {
-        let DesiredLink::Kept { altnames } = &eni.link else { return };
+        let DesiredLink::Kept { altnames, mtu } = &eni.link else { return };
         let mut changes = Vec::new();
         if link.ipv6.as_ref().is_some_and(|ipv6| ipv6.accept_ra != 0) {
             changes.push((LinkChange::AcceptRa(0), "its router advertisements must not add a default route to main"));
         }
-        // DHCP would have told this ENI what it told the primary. An administrator's larger choice stays.
-        if let Some(mtu) = primary_mtu.filter(|mtu| *mtu > link.mtu) {
-            changes.push((LinkChange::Mtu(mtu), "as large as the primary ENI's"));
+        match mtu {
+            Some(mtu) if *mtu != link.mtu => changes.push((LinkChange::Mtu(*mtu), "as configured")),
+            Some(_) => {}
+            // DHCP would have told this ENI what it told the primary. An administrator's larger choice stays.
+            None => {
+                let mtu = primary_mtu.filter(|mtu| *mtu > link.mtu);
+                changes.extend(mtu.map(|mtu| (LinkChange::Mtu(mtu), "as large as the primary ENI's")));
+            }
         }
         for altname in altnames.iter().filter(|altname| !link.altnames.contains(*altname) && link.name != **altname) {
             let holder =

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::Config;
+use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::metadata::{Tree, told};
@@ -15,7 +16,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Co
     for (mac, eni) in &attached.ready {
         let facts = facts(*mac, Some(&eni.id), Some(eni), tree, observed);
         match verdict(&facts, config) {
-            Verdict::Managed => {}
+            Verdict::Managed => _ = selected.choices.insert(*mac, choices(&facts, config)),
             Verdict::Ignored { by } => {
                 selected.ready.remove(mac);
                 selected.ignored.insert(*mac, Ignored { by, eni: Known::Ready(eni.clone()) });
@@ -67,10 +68,19 @@ fn verdict(facts: &Facts, config: &Config) -> Verdict {
     if let Some(selector) = ignore.iter().find(|selector| selector.selects(facts).is_none()) {
         return Verdict::Undecided { by: format!("[[ignore]] at {}", selector.origin) };
     }
-    match (is_managed(Some(true)), is_managed(None)) {
-        (None, Some(selector)) => Verdict::Undecided { by: format!("[[manage]] at {}", selector.origin) },
-        _ => Verdict::Managed,
+    if let (None, Some(selector)) = (is_managed(Some(true)), is_managed(None)) {
+        return Verdict::Undecided { by: format!("[[manage]] at {}", selector.origin) };
     }
+    match config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
+        Some((selector, _)) => Verdict::Undecided { by: format!("[[eni]] at {}", selector.origin) },
+        None => Verdict::Managed,
+    }
+}
+
+/// What all entries that mean this ENI choose for it.
+fn choices(facts: &Facts, config: &Config) -> Choices {
+    let meant = config.enis.iter().filter(|(selector, _)| selector.selects(facts) == Some(true));
+    meant.fold(Choices::default(), |choices, (_, later)| choices.and_then(later))
 }
 
 /// What is known of an ENI. One that has no link has no name either.

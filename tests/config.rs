@@ -47,6 +47,7 @@ fn every_key_reaches_its_field() {
         timeout: std::time::Duration::from_secs(120),
         manage: Vec::new(),
         ignore: Vec::new(),
+        enis: Vec::new(),
     };
     let settings = read(text).unwrap();
     assert_eq!(settings.config, expected);
@@ -129,7 +130,7 @@ fn a_selector_means_the_enis_that_have_all_of_its_attributes() {
 #[test]
 fn a_selector_that_can_mean_no_eni_is_a_mistake() {
     for (text, line, words) in [
-        ("[[ignore]]\n", 1, "this selects no ENI"),
+        ("[[ignore]]\n", 1, "this means no ENI"),
         ("[ignore]\nmac = 'x'\n", 1, "a list of tables is expected, not a table"),
         ("[[ignore]]\nmac = '02:00'\n", 2, "not a MAC address"),
         ("[[ignore]]\nid = 'eth1'\n", 2, "does not begin with \"eni-\""),
@@ -146,6 +147,24 @@ fn a_selector_that_can_mean_no_eni_is_a_mistake() {
 }
 
 #[test]
+fn mistakes_in_what_is_chosen_for_an_eni_are_told() {
+    for (text, line, words) in [
+        ("mtu = 99999", 3, "from 1280 to 9216"),
+        ("main_routes = 'all'", 3, "is not one of \"none\", \"connected\""),
+        ("routes = [{ via = '10.0.1.1' }]", 3, "say where it leads"),
+        ("routes = [{ to = '10.9.1.0/16' }]", 3, "bits behind its length"),
+        ("routes = [{ to = '10.9.0.0/16', via = '2600::1' }]", 3, "different families"),
+        ("routes = [{ to = '10.9.0.0/16', gateway = '10.0.1.1' }]", 3, "unknown key `gateway`"),
+        ("[[eni.routes]]\nto = 'default'", 4, "not a network"),
+        ("[[eni]]\nmtu = 1400", 3, "this means no ENI"),
+    ] {
+        let told = mistakes(&format!("[[eni]]\nid = 'eni-1'\n{text}\n"));
+        assert!(told.iter().any(|(at, _, what)| *at == line && what.contains(words)), "{text}: {told:?}");
+        assert_eq!(told.len(), 1, "{text}: {told:?}");
+    }
+}
+
+#[test]
 fn entries_of_several_files_add_up() {
     let files = [file("a.toml", "[[ignore]]\nlink = 'a*'\n"), file("b.toml", "\n[[ignore]]\nlink = 'b*'\n")];
     let origins: Vec<String> =
@@ -154,7 +173,8 @@ fn entries_of_several_files_add_up() {
 }
 
 fn without_origins(mut config: Config) -> Config {
-    for selector in config.manage.iter_mut().chain(&mut config.ignore) {
+    let of_enis = config.enis.iter_mut().map(|(selector, _)| selector);
+    for selector in config.manage.iter_mut().chain(&mut config.ignore).chain(of_enis) {
         selector.origin.line = 0;
     }
     config
@@ -492,6 +512,59 @@ fn an_eni_that_comes_to_be_ignored_keeps_what_it_has_until_it_is_released_by_nam
             }
             ensure!(!dump()?.iter().any(|line| line.contains("20001")), "the second ENI was not released");
             ensure!(machine.eniup("release")?.exit == 0 && !dump()?.iter().any(|line| line.contains("proto 176")));
+            Ok(())
+        })
+    });
+}
+
+const CHOICES: &str = "
+[[eni]]
+device_number = 1
+mtu = 1400
+main_routes = 'connected'
+routes = [
+    { to = '10.9.0.0/16', via = '10.0.1.7' },
+    { to = '10.8.0.0/16', table = 'both' },
+    { to = '0.0.0.0/0', via = '10.0.1.8' },
+    { to = '2600:9::/32', via = '2600:1f16:67f:f201::7' },
+    { to = '2600:8::/32', table = 'both' },
+]
+";
+
+/// How the kernel would send a packet.
+fn way(arguments: &str) -> Result<String> {
+    ip(&format!("route get {arguments}"))
+}
+
+#[test]
+fn the_kernel_takes_what_is_chosen_for_an_eni_and_release_takes_it_away() {
+    inside(|| {
+        with_scenario("two-subnets-dual-stack", |machine| {
+            let before = dump()?;
+            let file = write(machine, CHOICES)?;
+            let run = machine.eniup(&format!("reconcile --config {file}"))?;
+            ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+            let plan = machine.eniup(&format!("plan --detailed-exitcode --config {file}"))?;
+            ensure!(plan.exit == 0 && plan.stdout.is_empty(), "something is left to do: {}", plan.stdout);
+            for (arguments, words) in [
+                ("10.0.1.99", "10.0.1.99 dev eth02 src 10.0.1.20"),
+                ("10.8.1.1", "via 10.0.1.1 dev eth02"),
+                ("10.9.1.1", "via 10.0.0.1 dev eth01"),
+                ("10.9.1.1 from 10.0.1.20", "via 10.0.1.7 dev eth02"),
+                ("192.0.2.1 from 10.0.1.21", "via 10.0.1.8 dev eth02"),
+                ("192.0.2.1", "via 10.0.0.1 dev eth01"),
+                ("2600:9::1 from 2600:1f16:67f:f201::14", "via 2600:1f16:67f:f201::7 dev eth02"),
+                ("2600:8::1", "via fe80:ec2::1 dev eth02"),
+            ] {
+                let way = way(arguments)?;
+                ensure!(way.contains(words), "{arguments}: {way}");
+            }
+            ensure!(ip("link show eth02")?.contains(" mtu 1400 "));
+            let without = machine.reconcile(0)?.stderr;
+            ensure!(without.contains("ip -4 route del 10.0.1.0/24") && without.contains("mtu 9001"), "{without}");
+            ensure!(machine.eniup("release")?.exit == 0);
+            let difference = difference(&before, &dump()?);
+            ensure!(difference.is_empty(), "left behind:\n{difference}");
             Ok(())
         })
     });

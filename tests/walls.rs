@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 /// The rooms in flow order: each may use those before it.
 const FLOW: [&str; 22] = [
     "net",
-    "eni",
     "config",
+    "eni",
     "policy",
     "metadata",
     "selection",
@@ -33,8 +33,8 @@ const FLOW: [&str; 22] = [
 /// These compute; everything else may touch the world.
 const PURE: [&str; 13] = [
     "net",
-    "eni",
     "config",
+    "eni",
     "policy",
     "metadata",
     "selection",

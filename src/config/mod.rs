@@ -1,6 +1,7 @@
 //! What the administrator may choose, from the texts of the configuration files. Nothing needs to be configured: the
 //! defaults come from `policy`. Which files there are, and reading them, is for `config_files`.
 
+pub mod choices;
 mod problem;
 mod reading;
 pub mod selector;
@@ -13,6 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::policy;
+use choices::Choices;
 pub use problem::{Place, Problem, Problems};
 pub use reading::read;
 use selector::Selector;
@@ -38,6 +40,8 @@ pub struct Config {
     pub manage: Vec<Selector>,
     /// The ENIs that one of these means are left alone, also if they are meant to be managed.
     pub ignore: Vec<Selector>,
+    /// What is chosen for the ENIs that each of these means, later ones overriding earlier ones.
+    pub enis: Vec<(Selector, Choices)>,
 }
 
 /// The form of the rules that send an ENI's traffic by that ENI. Both forms send every address the same way.
@@ -53,7 +57,8 @@ pub enum Rules {
 impl Config {
     /// Whether ENIs are told apart by what routing does not need to know of them.
     pub fn needs_details(&self) -> bool {
-        let selectors = self.manage.iter().chain(&self.ignore);
+        let of_enis = self.enis.iter().map(|(selector, _)| selector);
+        let selectors = self.manage.iter().chain(&self.ignore).chain(of_enis);
         selectors.flat_map(|selector| selector.wanted.keys()).any(|attribute| attribute.is_detail())
     }
 }
@@ -70,6 +75,7 @@ impl Default for Config {
             timeout: policy::TIMEOUT,
             manage: Vec::new(),
             ignore: Vec::new(),
+            enis: Vec::new(),
         }
     }
 }

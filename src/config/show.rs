@@ -5,6 +5,7 @@ use std::fmt;
 use glob::Pattern;
 use serde_json::json;
 
+use super::choices::{Choices, name};
 use super::reading::RULES;
 use super::selector::{Attribute, Selector};
 use super::{Config, File, Origin, Settings};
@@ -37,10 +38,10 @@ impl Settings {
             timeout,
             manage: _,
             ignore: _,
+            enis: _,
         } = &self.config;
-        let rules = RULES.iter().find(|(_, meaning)| meaning == rules).map(|(name, _)| *name).unwrap_or_default();
         vec![
-            ("rules", quoted(rules)),
+            ("rules", name(*rules, &RULES)),
             ("timeout", quoted(&humantime::format_duration(*timeout).to_string())),
             ("numbers.mark", mark.to_string()),
             ("numbers.table_base", table_base.to_string()),
@@ -52,9 +53,11 @@ impl Settings {
 
     /// The entries that select ENIs, in the order in which they were written.
     fn entries(&self) -> Vec<Entry<'_>> {
-        let Config { manage, ignore, .. } = &self.config;
+        let Config { manage, ignore, enis, .. } = &self.config;
+        let of_eni = |(selector, choices): &'_ (Selector, Choices)| [attributes(selector), choices.values()].concat();
+        let enis = enis.iter().map(|eni| Entry { key: "eni", values: of_eni(eni), origin: &eni.0.origin });
         let entry = |key| move |selector| Entry { key, values: attributes(selector), origin: &selector.origin };
-        manage.iter().map(entry("manage")).chain(ignore.iter().map(entry("ignore"))).collect()
+        manage.iter().map(entry("manage")).chain(ignore.iter().map(entry("ignore"))).chain(enis).collect()
     }
 
     /// The same facts for programs; an origin of null is a default.

@@ -3,7 +3,8 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::problem::{Problem, Source};
 
@@ -73,7 +74,7 @@ impl<'a> Table<'a> {
 
     /// The tables of a list, as `[[key]]` writes them, each walked by `read`, which also learns where it is.
     pub fn tables(&mut self, key: &'static str, mut read: impl FnMut(&mut Table<'a>, &Range<usize>)) {
-        let hint = format!("write it as [[{key}]]");
+        let hint = format!("write it as [[{key}]], or as {key} = [{{ … }}]");
         let tables = |value: &'a DeValue<'a>| {
             let list = value.as_array().filter(|list| list.iter().all(|item| item.get_ref().is_table()));
             list.ok_or_else(|| Wrong::new(format!("a list of tables is expected, not {}", sort(value))).hint(hint))
@@ -91,13 +92,22 @@ impl<'a> Table<'a> {
         self.problems.push(self.source.problem(span.clone(), what, Some(hint.into())));
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+    pub fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
+    /// Whether every key here has been asked for.
+    pub fn has_only_known(&self) -> bool {
+        self.unknown().next().is_none()
+    }
+
+    fn unknown(&self) -> impl Iterator<Item = &'a Spanned<DeString<'a>>> {
+        self.entries.keys().filter(|key| !self.asked.contains(&key.get_ref().as_ref()))
     }
 
     /// All that is wrong with this table.
     pub fn finish(mut self) -> Vec<Problem> {
-        for (key, _) in self.entries.iter().filter(|(key, _)| !self.asked.contains(&key.get_ref().as_ref())) {
+        for key in self.unknown().collect::<Vec<_>>() {
             let name = key.get_ref().as_ref();
             let hint = nearest(name, &self.asked).map(|known| format!("did you mean `{known}`?"));
             let hint = hint.unwrap_or_else(|| format!("known here: {}", self.asked.join(", ")));

@@ -160,6 +160,7 @@ impl Vpc {
             malformed: Vec::new(),
             ignored: BTreeMap::new(),
             undecided: BTreeSet::new(),
+            choices: BTreeMap::new(),
         }
     }
 }
