@@ -20,6 +20,7 @@ use crate::metadata::{self, Tree};
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
+use crate::selection::select;
 use crate::status::{Status, Text, status};
 
 const EXAMPLES: &str = "\
@@ -336,6 +337,7 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
         observed = fresh_machine(&attached);
     }
+    let attached = select(&attached, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }
@@ -396,7 +398,7 @@ async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let observed = reconcile::observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::Details).await?;
-    let attached = metadata::attached(&tree)?;
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok(status(&tree, &attached, &observed, &plan, config))
 }

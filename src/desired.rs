@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
+use crate::config::choices::{Choices, MainRoutes, Tables};
 use crate::config::{Config, Rules};
 use crate::cover::{cover, exact, of_family, overlap};
 use crate::eni::{Attached, Eni, show_source};
-use crate::net::{Address, Family, MacAddr, Route, Rule};
+use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind, Rule};
 use crate::policy;
 
 /// A desired object with the reason it is wanted, for people.
@@ -29,6 +30,8 @@ pub struct Desired {
     pub rules: Vec<Wanted<Rule>>,
     /// ENIs that are listed but pending: nothing of theirs may be removed.
     pub pending: BTreeSet<MacAddr>,
+    /// ENIs that are somebody else's, or may be: nothing of theirs is touched at all.
+    pub left_alone: BTreeSet<MacAddr>,
     /// Whether the snapshot told all there is, so that what it does not name does not exist.
     pub is_complete: bool,
 }
@@ -58,8 +61,8 @@ pub struct DesiredEni {
 pub enum DesiredLink {
     /// The primary's: the distribution looks after it.
     Left,
-    /// A secondary ENI's: up, as large as the primary's, deaf to router advertisements, known by more names.
-    Kept { altnames: Vec<String> },
+    /// A secondary ENI's: up, as large as the primary's or as chosen, deaf to router advertisements, known by more names.
+    Kept { altnames: Vec<String>, mtu: Option<u32> },
 }
 
 /// What the kernel should have, from metadata and configuration alone.
@@ -69,6 +72,7 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         enis: BTreeMap::new(),
         rules: Vec::new(),
         pending: attached.pending.keys().copied().collect(),
+        left_alone: attached.ignored.keys().chain(&attached.undecided).copied().collect(),
         is_complete: attached.is_complete(),
     };
     if !has_secondary {
@@ -139,6 +143,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
 
 fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) -> DesiredEni {
     let table = policy::table(config, eni.slot);
+    let choices = attached.choices.get(&mac).cloned().unwrap_or_default();
     let families: Vec<Family> = Family::BOTH.into_iter().filter(|family| eni.has_family(*family)).collect();
     let mut routes = Vec::new();
     let mut rules = Vec::new();
@@ -150,12 +155,23 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         if is_first_of_missing_family(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
+        if choices.main_routes == Some(MainRoutes::Connected) {
+            routes.extend(connected_routes(eni, family, config));
+        }
         rules.extend(source_rules(attached, mac, eni, family, config));
     }
+    let chosen: Vec<Wanted<Route>> =
+        families.iter().flat_map(|family| chosen_routes(eni, *family, table, &choices, config)).collect();
+    let is_replaced = |route: &Route| {
+        let same = |chosen: &Route| (chosen.destination, chosen.table) == (route.destination, route.table);
+        route.kind == RouteKind::Unicast && chosen.iter().any(|chosen| same(&chosen.object))
+    };
+    routes.retain(|route| !is_replaced(&route.object));
+    routes.extend(chosen);
     DesiredEni {
         id: eni.id.clone(),
         table,
-        link: DesiredLink::Kept { altnames: policy::altnames(&eni.id, eni.slot) },
+        link: DesiredLink::Kept { altnames: policy::altnames(&eni.id, eni.slot), mtu: choices.mtu },
         addresses: addresses(eni, config),
         routes,
         rules,
@@ -213,6 +229,37 @@ fn link_local_route(eni: &Eni, family: Family, table: u32, config: &Config) -> O
     }
 }
 
+/// For unbound traffic to the ENI's neighbours, as chosen. Behind any other manager's route to the same subnet.
+fn connected_routes(eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Route>> {
+    let route = |subnet| Route {
+        metric: policy::MAIN_METRIC,
+        ..policy::route(config, subnet, None, policy::MAIN_TABLE, family)
+    };
+    let reason = format!("unbound traffic to {}'s subnet leaves by it, as configured", eni.id);
+    eni.subnets(family).into_iter().map(|subnet| wanted(route(subnet), reason.clone())).collect()
+}
+
+/// Routes that are chosen for the ENI; each replaces the one to its destination that would be there otherwise.
+fn chosen_routes(eni: &Eni, family: Family, table: u32, choices: &Choices, config: &Config) -> Vec<Wanted<Route>> {
+    let mut routes = Vec::new();
+    for chosen in choices.routes.iter().filter(|chosen| chosen.to.family() == family) {
+        let Some(gateway) = chosen.via.or_else(|| eni.router(family)) else { continue };
+        let in_table = |table, metric| {
+            // `main` has no connected route by which the gateway could be found.
+            let is_onlink = family == Family::V4;
+            let route = Route { is_onlink, metric, ..policy::route(config, chosen.to, Some(gateway), table, family) };
+            wanted(route, format!("configured for {}", eni.id))
+        };
+        match chosen.tables {
+            Tables::Eni => routes.push(in_table(table, policy::metric(family))),
+            Tables::Main => routes.push(in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)),
+            Tables::Both => routes
+                .extend([in_table(table, policy::metric(family)), in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)]),
+        }
+    }
+    routes
+}
+
 /// Without a default of its own, a family that only a secondary ENI has could not be used by unbound traffic at all.
 fn main_default(eni: &Eni, family: Family, config: &Config) -> Option<Wanted<Route>> {
     let route = Route {
@@ -267,13 +314,14 @@ fn sources_of_rules(
 ) -> Vec<SourceOfRule> {
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
     let others = other_sources(attached, mac, family);
+    let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
     for subnet in eni.subnets(family) {
         let inside: Vec<IpNet> = own.iter().filter(|source| subnet.contains(*source)).copied().collect();
         if inside.is_empty() {
             continue;
         }
-        if config.rules == Rules::PerAddress {
+        if rules == Rules::PerAddress {
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
@@ -310,12 +358,15 @@ fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
     sources.extend(of_family(&disputed, family));
     let mut are_all_known = attached.malformed.is_empty();
     let mut subnets = Vec::new();
-    for pending in attached.pending.iter().filter(|(other, _)| **other != mac).map(|(_, pending)| pending) {
-        match &pending.sources {
-            Some(known) => sources.extend(of_family(known, family)),
+    let pending = attached.pending.iter().filter(|(other, _)| **other != mac);
+    let pending = pending.map(|(_, pending)| (pending.sources.clone(), pending.subnets.clone()));
+    let ignored = attached.ignored.values().map(|ignored| (ignored.sources(), ignored.subnets()));
+    for (known, of_subnets) in pending.chain(ignored) {
+        match known {
+            Some(known) => sources.extend(of_family(&known, family)),
             None => {
                 are_all_known = false;
-                subnets.extend(of_family(&pending.subnets, family));
+                subnets.extend(of_family(&of_subnets, family));
             }
         }
     }
@@ -327,5 +378,8 @@ fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
     let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
     let ready = ready.filter(|(_, eni)| eni.has_family(family)).flat_map(|(_, eni)| eni.subnets(family));
     let pending = attached.pending.iter().filter(|(mac, _)| **mac != attached.primary);
-    ready.chain(pending.flat_map(|(_, pending)| of_family(&pending.subnets, family))).collect()
+    let pending = pending.flat_map(|(_, pending)| of_family(&pending.subnets, family));
+    let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
+    let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));
+    ready.chain(pending).chain(ignored).collect()
 }

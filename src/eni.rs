@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
 
+use crate::config::choices::Choices;
 use crate::net::{Family, HasFamily, MacAddr};
 
 /// Where an ENI is plugged in. Device numbers repeat on every network card.
@@ -71,6 +72,16 @@ impl Eni {
         addresses.chain(self.prefixes(family)).collect()
     }
 
+    /// Both families' sources.
+    pub fn all_sources(&self) -> Vec<IpNet> {
+        Family::BOTH.into_iter().flat_map(|family| self.sources(family)).collect()
+    }
+
+    /// Both families' subnets.
+    pub fn all_subnets(&self) -> Vec<IpNet> {
+        Family::BOTH.into_iter().flat_map(|family| self.subnets(family)).collect()
+    }
+
     /// Whether the ENI can send packets of this family.
     pub fn has_family(&self, family: Family) -> bool {
         !self.subnets(family).is_empty() && !self.sources(family).is_empty()
@@ -107,6 +118,14 @@ pub struct Pending {
     pub subnets: Vec<IpNet>,
 }
 
+impl Pending {
+    /// An ENI of which all is known, and which waits all the same.
+    pub fn of(eni: Eni, reason: Reason) -> Pending {
+        let (sources, subnets) = (Some(eni.all_sources()), eni.all_subnets());
+        Pending { id: Some(eni.id), reason, sources, subnets }
+    }
+}
+
 /// An address or prefix that metadata gives to another ENI as well, or that overlaps one of another's.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dispute {
@@ -139,6 +158,8 @@ pub enum Reason {
     Unproven,
     /// A key could not be read; says nothing of its value.
     Unknown { key: String, why: String },
+    /// The configuration tells ENIs apart by what metadata does not tell of this one.
+    Undecided { by: String },
     /// A value that is none; names the key, the value and what was expected.
     Invalid { key: String, why: String },
 }
@@ -153,6 +174,7 @@ impl Reason {
             | Reason::SlotTaken { .. }
             | Reason::SourceTaken { .. }
             | Reason::Unproven
+            | Reason::Undecided { .. }
             | Reason::Unknown { .. } => true,
             Reason::Invalid { .. } => false,
         }
@@ -175,6 +197,9 @@ impl fmt::Display for Reason {
                 write!(f, "metadata gives {} to it and to {by}", show_source(source))
             }
             Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
+            Reason::Undecided { by } => {
+                write!(f, "metadata does not tell yet what decides whether {by} means it")
+            }
             Reason::Unknown { key, why } => write!(f, "its `{key}` could not be read: {why}"),
             Reason::Invalid { key, why } => write!(f, "its `{key}` cannot be used: {why}"),
         }
@@ -197,6 +222,59 @@ pub struct Attached {
     pub disputes: BTreeMap<MacAddr, Vec<Dispute>>,
     /// Listed entries whose name is no MAC address, each with what is wrong.
     pub malformed: Vec<String>,
+    /// ENIs that the configuration says to leave alone.
+    pub ignored: BTreeMap<MacAddr, Ignored>,
+    /// Pending ENIs of which it cannot be told yet whether they are to be left alone, and so they are.
+    pub undecided: BTreeSet<MacAddr>,
+    /// What the configuration chooses for ENIs.
+    pub choices: BTreeMap<MacAddr, Choices>,
+}
+
+/// An attached ENI that is somebody else's to configure. It counts where others must not be taken for it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ignored {
+    /// Which line of which file says so.
+    pub by: String,
+    pub eni: Known,
+}
+
+/// What metadata tells of an ENI, all or not all.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Known {
+    Ready(Eni),
+    Pending(Pending),
+}
+
+impl Ignored {
+    pub fn ready(&self) -> Option<&Eni> {
+        match &self.eni {
+            Known::Ready(eni) => Some(eni),
+            Known::Pending(_) => None,
+        }
+    }
+
+    pub fn pending(&self) -> Option<&Pending> {
+        match &self.eni {
+            Known::Ready(_) => None,
+            Known::Pending(pending) => Some(pending),
+        }
+    }
+
+    /// What it sends from; nothing when that is not known whole.
+    pub fn sources(&self) -> Option<Vec<IpNet>> {
+        match &self.eni {
+            Known::Ready(eni) => Some(eni.all_sources()),
+            Known::Pending(pending) => pending.sources.clone(),
+        }
+    }
+
+    /// The CIDRs of its subnet, as far as known.
+    pub fn subnets(&self) -> Vec<IpNet> {
+        match &self.eni {
+            Known::Ready(eni) => eni.all_subnets(),
+            Known::Pending(pending) => pending.subnets.clone(),
+        }
+    }
 }
 
 impl Attached {
@@ -211,10 +289,11 @@ impl Attached {
         let is_disputed = !self.disputes.is_empty() || self.pending.values().any(is_clash);
         // The primary is never in dispute, but it may be the one whose addresses are out of date.
         let primary = is_disputed.then_some(self.primary);
+        let ignored = self.ignored.keys().filter(|_| is_disputed);
         // An ENI without any address is EFA-only, or its addresses are on their way: the kernel's links tell, not metadata.
         let is_bare = |eni: &Eni| !Family::BOTH.into_iter().any(|family| eni.has_family(family));
         let bare = self.ready.iter().filter(|(_, eni)| is_bare(eni)).map(|(mac, _)| mac);
-        self.pending.keys().chain(self.disputes.keys()).chain(bare).copied().chain(primary).collect()
+        self.pending.keys().chain(self.disputes.keys()).chain(bare).chain(ignored).copied().chain(primary).collect()
     }
 
     /// The ready ENI that is the primary.

@@ -29,4 +29,5 @@ pub mod proof;
 pub mod reconcile;
 pub mod release;
 pub mod report;
+pub mod selection;
 pub mod status;

@@ -43,6 +43,9 @@ pub const DETAIL_KEYS: [&str; 8] = [
     "vpc-ipv6-cidr-blocks",
 ];
 
+/// What selectors of the configuration may ask of an ENI besides.
+pub const SELECTOR_KEYS: [&str; 4] = ["security-group-ids", "security-groups", "subnet-id", "vpc-id"];
+
 /// The directory below an ENI with one key for each public address, naming the private one behind it.
 pub const ASSOCIATIONS: &str = "ipv4-associations/";
 
@@ -278,7 +281,16 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         }
     }
     disputes.retain(|mac, _| ready.contains_key(mac));
-    Ok(Attached { primary, ready, pending, disputes, malformed })
+    Ok(Attached {
+        primary,
+        ready,
+        pending,
+        disputes,
+        malformed,
+        ignored: BTreeMap::new(),
+        undecided: BTreeSet::new(),
+        choices: BTreeMap::new(),
+    })
 }
 
 /// From ready to pending, with all that is known of it.
@@ -289,9 +301,7 @@ fn set_aside(
     pending: &mut BTreeMap<MacAddr, Pending>,
 ) {
     if let Some(eni) = ready.remove(&mac) {
-        let sources = Family::BOTH.into_iter().flat_map(|family| eni.sources(family)).collect();
-        let subnets = Family::BOTH.into_iter().flat_map(|family| eni.subnets(family)).collect();
-        pending.insert(mac, Pending { id: Some(eni.id), reason, sources: Some(sources), subnets });
+        pending.insert(mac, Pending::of(eni, reason));
     }
 }
 
@@ -547,6 +557,14 @@ pub struct Details {
     pub security_groups: Vec<String>,
     /// Public or elastic address → private address behind it.
     pub associations: BTreeMap<Ipv4Addr, Ipv4Addr>,
+}
+
+/// The lines of one key of an ENI; none where metadata does not tell them, or not yet.
+pub fn told(tree: &Tree, mac: MacAddr, key: &str) -> Option<BTreeSet<String>> {
+    match (Reader { tree, mac }).get(key) {
+        Answer::Present(body) => Some(lines(&body).map(String::from).collect()),
+        Answer::Absent | Answer::Unknown(_) => None,
+    }
 }
 
 /// The details of one ENI, as far as they could be read.

@@ -119,16 +119,18 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
         plan.want_objects(eni, link, desired, observed, &mut keep, config);
     }
     // The guard rule has to know a pending ENI's link too: another manager may have put its subnet into main.
-    let pending = desired.pending.iter().filter_map(|mac| find_link(*mac, observed).ok().flatten());
+    let pending = desired.pending.difference(&desired.left_alone);
+    let pending = pending.filter_map(|mac| find_link(*mac, observed).ok().flatten());
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
-    for (eni, rule) in before_guard(desired, observed, &placed, &keep.rules, config) {
+    for (eni, rule) in before_guard(desired, observed, &placed, &keep, config) {
         keep.rules.insert(rule.object.clone());
         plan.want_rule(eni, &rule, observed);
     }
     let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
-    plan.steps.extend(unwanted.steps(&keep));
+    let left_alone = LeftAlone::of_enis(&desired.left_alone, observed, config);
+    plan.steps.extend(unwanted.steps(&keep).into_iter().filter(|step| !left_alone.has(&step.operation)));
     // Stable: within a phase each ENI's own order stays.
     plan.steps.sort_by_key(|step| step.operation.phase());
     plan
@@ -199,7 +201,7 @@ pub fn find_link(mac: MacAddr, observed: &Observed) -> Result<Option<&Link>, Tro
     }
 }
 
-/// The guard rule cannot tell that a link in a foreign group is an ENI's, and would send other ENIs' traffic by the
+/// The guard rule cannot tell that a link in a foreign group, or of an ENI that is left alone, is an ENI's, and would send other ENIs' traffic by the
 /// routes in `main` by that link. So each such route gets rules before the guard, which send the other ENIs' traffic to
 /// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
 /// for itself before those.
@@ -207,18 +209,19 @@ fn before_guard<'a>(
     desired: &Desired,
     observed: &Observed,
     placed: &BTreeMap<MacAddr, (&'a DesiredEni, &Link)>,
-    kept: &BTreeSet<Rule>,
+    keep: &Keep,
     config: &Config,
 ) -> Vec<(Option<&'a DesiredEni>, Wanted<Rule>)> {
     if desired.rules.is_empty() {
         return Vec::new();
     }
-    let macs = desired.enis.keys().chain(&desired.pending);
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
     let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
     let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
-    let is_foreign = |link: &&Link| link.group != 0 && link.group != config.link_group;
+    let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
+    let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
     let mut rules = Vec::new();
-    let routes = main_routes(observed);
+    let routes = main_routes(observed, keep);
     for (index, route) in &routes {
         let Some(link) = eni_link(index).filter(is_foreign) else { continue };
         let destination = route.destination;
@@ -230,14 +233,14 @@ fn before_guard<'a>(
             continue;
         }
         for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
-            let is_meant = |rule: &&Rule| rule.family == destination.family() && kept.contains(rule);
+            let is_meant = |rule: &&Rule| rule.family == destination.family() && keep.rules.contains(rule);
             for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
                 let Some(to) = narrower(rule.to, destination) else { continue };
                 let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
                 let priority = policy::priority_before_guard(config, &destination, rank);
                 let rule = Rule { to: Some(to), priority, ..rule.clone() };
-                let reason =
-                    format!("not by {}, which main has for {destination}: it stays in a foreign group", link.name);
+                let why = if is_left_alone(link) { "it is left alone" } else { "it stays in a foreign group" };
+                let reason = format!("not by {}, which main has for {destination}: {why}", link.name);
                 rules.push((Some(*eni), Wanted { object: rule, reason }));
             }
         }
@@ -255,9 +258,9 @@ fn before_guard<'a>(
     rules
 }
 
-/// The routes of `main` that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
+/// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
 /// its link.
-fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
+fn main_routes(observed: &Observed, keep: &Keep) -> BTreeSet<(Option<u32>, Route)> {
     let is_link_local = |route: &Route| match route.destination.addr() {
         IpAddr::V4(_) => false,
         IpAddr::V6(address) => address.is_unicast_link_local(),
@@ -266,7 +269,7 @@ fn main_routes(observed: &Observed) -> Vec<(Option<u32>, Route)> {
         let length = u32::from(route.destination.prefix_len());
         route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
     };
-    observed.routes.iter().filter(|(_, route)| is_looked_at(route)).copied().collect()
+    observed.routes.union(&keep.routes).filter(|(_, route)| is_looked_at(route)).copied().collect()
 }
 
 /// What two destinations have in common; no limit is everything.
@@ -298,14 +301,19 @@ impl Plan {
     }
 
     fn want_link(&mut self, eni: &DesiredEni, link: &Link, primary_mtu: Option<u32>, observed: &Observed) {
-        let DesiredLink::Kept { altnames } = &eni.link else { return };
+        let DesiredLink::Kept { altnames, mtu } = &eni.link else { return };
         let mut changes = Vec::new();
         if link.ipv6.as_ref().is_some_and(|ipv6| ipv6.accept_ra != 0) {
             changes.push((LinkChange::AcceptRa(0), "its router advertisements must not add a default route to main"));
         }
-        // DHCP would have told this ENI what it told the primary. An administrator's larger choice stays.
-        if let Some(mtu) = primary_mtu.filter(|mtu| *mtu > link.mtu) {
-            changes.push((LinkChange::Mtu(mtu), "as large as the primary ENI's"));
+        match mtu {
+            Some(mtu) if *mtu != link.mtu => changes.push((LinkChange::Mtu(*mtu), "as configured")),
+            Some(_) => {}
+            // DHCP would have told this ENI what it told the primary. An administrator's larger choice stays.
+            None => {
+                let mtu = primary_mtu.filter(|mtu| *mtu > link.mtu);
+                changes.extend(mtu.map(|mtu| (LinkChange::Mtu(mtu), "as large as the primary ENI's")));
+            }
         }
         for altname in altnames.iter().filter(|altname| !link.altnames.contains(*altname) && link.name != **altname) {
             let holder =
@@ -429,6 +437,52 @@ impl Plan {
             None => Operation::AddAddress { link: reference(link), address: wanted.object },
         };
         self.push(Some(eni), operation, reason);
+    }
+}
+
+/// The links of ENIs that are left alone, and what of ours is there from before: on the link and in the ENI's tables.
+pub struct LeftAlone {
+    links: BTreeSet<u32>,
+    names: BTreeSet<String>,
+    tables: BTreeSet<u32>,
+}
+
+impl LeftAlone {
+    fn of_enis(enis: &BTreeSet<MacAddr>, observed: &Observed, config: &Config) -> LeftAlone {
+        let links = observed.links.values().filter(|link| link.mac.is_some_and(|mac| enis.contains(&mac)));
+        LeftAlone::of_links(links.map(|link| link.index).collect(), observed, config)
+    }
+
+    pub fn of_links(links: BTreeSet<u32>, observed: &Observed, config: &Config) -> LeftAlone {
+        let is_of_links = |index: &Option<u32>| index.is_some_and(|index| links.contains(&index));
+        let names = links.iter().filter_map(|index| Some(observed.links.get(index)?.name.clone())).collect();
+        let is_by_name = |rule: &&Rule| rule.oif.as_ref().is_some_and(|oif| BTreeSet::contains(&names, oif));
+        let by_rules = observed.rules.iter().filter(is_by_name).map(|rule| rule.table);
+        let by_routes = observed.routes.iter().filter(|(index, _)| is_of_links(index)).map(|(_, route)| route.table);
+        // `main` is everybody's.
+        let tables = by_rules.chain(by_routes).filter(|table| *table != policy::MAIN_TABLE);
+        let tables = tables.flat_map(|table| Family::BOTH.map(|family| policy::last_table(config, table, family)));
+        let tables = tables.collect();
+        LeftAlone { links, names, tables }
+    }
+
+    /// Whether the operation would touch any of it.
+    pub fn has(&self, operation: &Operation) -> bool {
+        let is_table = |table: u32| self.tables.contains(&table);
+        let is_link = |link: &LinkRef| self.links.contains(&link.index);
+        match operation {
+            Operation::AddRule { rule } | Operation::DeleteRule { rule } => {
+                is_table(rule.table) || rule.oif.as_ref().is_some_and(|oif| self.names.contains(oif))
+            }
+            Operation::AddRoute { link, route } | Operation::DeleteRoute { link, route } => {
+                is_table(route.table) || link.as_ref().is_some_and(is_link)
+            }
+            Operation::SetLink { link, .. }
+            | Operation::ResetLink { link, .. }
+            | Operation::AddAddress { link, .. }
+            | Operation::ChangeAddress { link, .. }
+            | Operation::DeleteAddress { link, .. } => is_link(link),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use crate::policy;
 use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
+use crate::selection::select;
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
@@ -73,15 +74,21 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     // Of the first reading: what is read anew later does not make the rest younger.
     let begun = since_boot()?;
-    let mut tree = imds.snapshot(Scope::Routing).await?;
-    let mut attached = metadata::attached(&tree)?;
+    let mut tree = imds.snapshot(scope(&options.config)).await?;
+    let mut all = metadata::attached(&tree)?;
+    let mut attached = all.clone();
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
         let taken = Taken { begun, ended: since_boot()? };
-        let desired = desired(&believed(&attached, taken, &mut netlink, options).await?, &options.config);
+        let believed = believed(&all, taken, &mut netlink, options).await?;
+        // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
+        let desire = |observed: &Observed| {
+            attached = select(&all, &tree, observed, &options.config);
+            desired(&select(&believed, &tree, observed, &options.config), &options.config)
+        };
         let changes = report.changes;
-        report = converge(&mut netlink, &desired, attached.primary, options).await?;
+        report = converge(&mut netlink, desire, all.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
         report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
@@ -93,7 +100,7 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         }
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        (tree, attached) = match read_again(&mut imds, tree, &attached).await {
+        (tree, all) = match read_again(&mut imds, tree, &attached, &options.config).await {
             Ok(read) => read,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
             Err(error) => {
@@ -104,9 +111,14 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     }
 }
 
+/// How much of metadata is needed.
+fn scope(config: &Config) -> Scope {
+    if config.needs_details() { Scope::Selection } else { Scope::Routing }
+}
+
 /// The snapshot with what was not settled in it read anew.
-async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached) -> Result<(Tree, Attached)> {
-    let tree = imds.ask_again(tree, &attached.unsettled(), Scope::Routing).await?;
+async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached, config: &Config) -> Result<(Tree, Attached)> {
+    let tree = imds.ask_again(tree, &attached.unsettled(), scope(config)).await?;
     let attached = metadata::attached(&tree)?;
     Ok((tree, attached))
 }
@@ -179,7 +191,12 @@ pub async fn release_all(options: &Options) -> Result<Report> {
 }
 
 /// Applies until nothing is left to do, a few rounds at most; what is left then is reported.
-async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, options: &Options) -> Result<Report> {
+async fn converge(
+    netlink: &mut Netlink,
+    mut desire: impl FnMut(&Observed) -> Desired,
+    primary: MacAddr,
+    options: &Options,
+) -> Result<Report> {
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
@@ -187,7 +204,7 @@ async fn converge(netlink: &mut Netlink, desired: &Desired, primary: MacAddr, op
         // Only what this run has changed is worth waiting for.
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
         let observed = observe_settled(netlink, &before, options, patience).await?;
-        let plan = plan(desired, &observed, primary, &options.config);
+        let plan = plan(&desire(&observed), &observed, primary, &options.config);
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
             report.troubles.extend(plan_troubles(&plan, &failures));
@@ -307,7 +324,8 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let observed = observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
-    let attached = metadata::attached(&imds.snapshot(Scope::Routing).await?)?;
+    let tree = imds.snapshot(scope(config)).await?;
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

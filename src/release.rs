@@ -4,8 +4,9 @@ use crate::config::Config;
 use crate::ledger::{Found, Ledger};
 use crate::net::{Link, Observed};
 use crate::operation::{LinkChange, LinkRef, Operation};
-use crate::plan::{Plan, Step};
+use crate::plan::{LeftAlone, Plan, Step};
 use crate::policy;
+use crate::selection::ignored_links;
 
 /// What has to go, in the order of operations: addresses, rules, routes, then the links as they were found.
 pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
@@ -36,6 +37,8 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
             }
         }
     }
+    let left_alone = LeftAlone::of_links(ignored_links(observed, config), observed, config);
+    steps.retain(|step| !left_alone.has(&step.operation));
     steps.sort_by_key(|step| step.operation.phase());
     Plan { steps, ..Plan::default() }
 }

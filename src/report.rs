@@ -48,6 +48,18 @@ pub enum State {
     Pending,
     /// Waiting does not help.
     Failed,
+    /// Left alone, as configured.
+    Ignored,
+}
+
+impl State {
+    /// Whether it is as it should be.
+    pub fn is_well(self) -> bool {
+        match self {
+            State::Ready | State::Ignored => true,
+            State::Pending | State::Failed => false,
+        }
+    }
 }
 
 impl fmt::Display for State {
@@ -56,6 +68,7 @@ impl fmt::Display for State {
             State::Ready => "ready",
             State::Pending => "pending",
             State::Failed => "failed",
+            State::Ignored => "ignored",
         })
     }
 }

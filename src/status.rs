@@ -12,7 +12,7 @@ use crate::net::{Address, Family, Link, MacAddr, Observed};
 use crate::plan::{Plan, find_link};
 use crate::policy;
 use crate::reconcile::preview_troubles;
-use crate::report::{Exit, State};
+use crate::report::{Exit, State, Trouble};
 
 /// Raised when a key changes its meaning or goes away; keys may be added at any time.
 const SCHEMA: u32 = 1;
@@ -77,6 +77,9 @@ pub fn status(tree: &Tree, attached: &Attached, observed: &Observed, plan: &Plan
     for mac in attached.pending.keys() {
         enis.push(eni_status(*mac, None, tree, attached, observed, plan, config));
     }
+    for (mac, ignored) in &attached.ignored {
+        enis.push(eni_status(*mac, ignored.ready(), tree, attached, observed, plan, config));
+    }
     enis.sort_by_key(|eni| (!eni.is_primary, eni.slot.is_none(), eni.slot, eni.mac));
     let machine = plan.steps.iter().filter(|step| step.eni.is_none());
     Status {
@@ -97,11 +100,14 @@ fn eni_status(
     plan: &Plan,
     config: &Config,
 ) -> EniStatus {
-    let pending = attached.pending.get(&mac);
+    let ignored = attached.ignored.get(&mac);
+    let pending = attached.pending.get(&mac).or_else(|| ignored?.pending());
     let id = eni.map(|eni| eni.id.clone()).or_else(|| pending.and_then(|pending| pending.id.clone()));
     let name = id.clone().unwrap_or_else(|| format!("ENI {mac}"));
     let trouble =
         preview_troubles(attached, plan).into_iter().find(|(eni, _)| *eni == name).map(|(_, trouble)| trouble);
+    let ignored = ignored.map(|ignored| Trouble { state: State::Ignored, why: ignored.by.clone() });
+    let trouble = ignored.or(trouble);
     let details = metadata::details(tree, mac);
     let link = find_link(mac, observed).ok().flatten();
     let both = |f: fn(&Eni, Family) -> Vec<ipnet::IpNet>| -> Vec<String> {
@@ -121,7 +127,7 @@ fn eni_status(
             is_up: link.is_up,
             mtu: link.mtu,
         }),
-        table: eni.map(|eni| policy::table(config, eni.slot)),
+        table: eni.filter(|_| !attached.ignored.contains_key(&mac)).map(|eni| policy::table(config, eni.slot)),
         subnets: both(Eni::subnets),
         addresses: addresses(eni, link, &details, observed, config),
         delegated_prefixes: both(Eni::prefixes),
@@ -168,14 +174,14 @@ fn addresses(
 
 impl Status {
     pub fn exit(&self) -> Exit {
-        let is_well = self.malformed.is_empty() && self.enis.iter().all(|eni| eni.state == State::Ready);
+        let is_well = self.malformed.is_empty() && self.enis.iter().all(|eni| eni.state.is_well());
         if is_well { Exit::Ok } else { Exit::Degraded }
     }
 
     /// Whether all is well, in a sentence.
     fn summary(&self) -> String {
         let changes = self.drift.len() + self.enis.iter().map(|eni| eni.drift.len()).sum::<usize>();
-        let unready = self.enis.iter().filter(|eni| eni.state != State::Ready).count();
+        let unready = self.enis.iter().filter(|eni| !eni.state.is_well()).count();
         let remedy = "see `eniup plan`, run `eniup reconcile`";
         match (changes, unready) {
             (0, 0) => "The kernel agrees with metadata.".into(),
@@ -238,6 +244,7 @@ impl Text<'_> {
             State::Ready => Colour::Good,
             State::Pending => Colour::Waiting,
             State::Failed => Colour::Bad,
+            State::Ignored => Colour::Bold,
         };
         let role = if eni.is_primary { "primary" } else { "secondary" };
         let id = self.paint(Colour::Bold, eni.id.as_deref().unwrap_or("(no id yet)"));

@@ -436,6 +436,11 @@ fn json_has_the_documented_keys_and_no_others() {
                 steps.iter().map(|step| format!("{}  # {}\n", text(&step["command"]), text(&step["reason"]))).collect();
             ensure!(commands.concat() == lines, "JSON and text differ:\n{}", commands.concat());
 
+            let settings = parse("config show --json")?;
+            let value = &settings["values"][0];
+            ensure!(keys(&settings) == documented("config show")?, "{settings}");
+            ensure!(keys(value) == documented("config show: a value")?, "{value}");
+
             machine.reconcile(0)?;
             let status = parse("status --json")?;
             let eni = &status["enis"][1];

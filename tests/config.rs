@@ -2,13 +2,15 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use eniup::config::selector::Attribute;
 use eniup::config::{self, Config, File, Problem, Problems, Rules, Settings};
 use eniup::config_files::{self, Places};
-use support::machine::{Machine, difference, dump, inside, with_scenario};
+use support::machine::{Machine, difference, dump, inside, ip, read_leaves, scenario, with_scenario};
 
 fn file(name: &str, text: &str) -> File {
     File { name: name.into(), text: Ok(text.into()) }
@@ -43,6 +45,9 @@ fn every_key_reaches_its_field() {
         link_group: 7,
         rules: Rules::PerAddress,
         timeout: std::time::Duration::from_secs(120),
+        manage: Vec::new(),
+        ignore: Vec::new(),
+        enis: Vec::new(),
     };
     let settings = read(text).unwrap();
     assert_eq!(settings.config, expected);
@@ -98,9 +103,91 @@ fn numbers_that_cannot_be_together_are_told_where_the_last_of_them_stands() {
     assert!(config::read(&[early, late]).is_ok());
 }
 
+/// What a selector of one attribute says of an ENI with these values; none when they are not known.
+fn selects(entry: &str, attribute: Attribute, values: Option<&[&str]>) -> Option<bool> {
+    let config = read(&format!("[[ignore]]\n{entry}\n")).unwrap_or_else(|problems| panic!("{problems}")).config;
+    let values = values.map(|values| (attribute, values.iter().map(|value| value.to_string()).collect()));
+    config.ignore[0].selects(&values.into_iter().collect())
+}
+
+#[test]
+fn a_selector_means_the_enis_that_have_all_of_its_attributes() {
+    let mac = Attribute::Mac;
+    assert_eq!(selects("mac = '02:00:00:00:00:0A'", mac, Some(&["02:00:00:00:00:0a"])), Some(true));
+    assert_eq!(selects("mac = '02:00:00:00:00:0B'", mac, Some(&["02:00:00:00:00:0a"])), Some(false));
+    assert_eq!(selects("mac = '02:00:*:0A'", mac, Some(&["02:00:00:00:00:0a"])), Some(true));
+    assert_eq!(selects("link = ['ens*', 'pod?']", Attribute::Link, Some(&["eth1", "pod7"])), Some(true));
+    assert_eq!(selects("link = 'ens[5-7]'", Attribute::Link, Some(&["ens8"])), Some(false));
+    assert_eq!(selects("network_card = 1", Attribute::NetworkCard, Some(&["11"])), Some(false));
+    assert_eq!(selects("device_number = [2, 3]", Attribute::DeviceNumber, Some(&["3"])), Some(true));
+    assert_eq!(selects("subnet_id = 'subnet-0a'", Attribute::SubnetId, None), None);
+    assert_eq!(selects("security_group = 'eks *'", Attribute::SecurityGroup, Some(&["eks nodes", "sg-1"])), Some(true));
+    let both = "mac = '02:00:00:00:00:0a'\nvpc_id = 'vpc-*'";
+    assert_eq!(selects(both, mac, Some(&["02:00:00:00:00:0a"])), None, "the VPC is not known");
+    assert_eq!(selects(both, mac, Some(&["02:00:00:00:00:0b"])), Some(false), "whatever the VPC is");
+}
+
+#[test]
+fn a_selector_that_can_mean_no_eni_is_a_mistake() {
+    for (text, line, words) in [
+        ("[[ignore]]\n", 1, "this means no ENI"),
+        ("[ignore]\nmac = 'x'\n", 1, "a list of tables is expected, not a table"),
+        ("[[ignore]]\nmac = '02:00'\n", 2, "not a MAC address"),
+        ("[[ignore]]\nid = 'eth1'\n", 2, "does not begin with \"eni-\""),
+        ("[[ignore]]\nlink = 'ens[5'\n", 2, "is no pattern"),
+        ("[[ignore]]\ndevice_number = '1'\n", 2, "a whole number"),
+        ("[[manage]]\nlink = []\n", 2, "an empty list"),
+        ("[[manage]]\nsubnet = 'subnet-0a'\n", 2, "unknown key `subnet`"),
+    ] {
+        let told = mistakes(text);
+        assert!(told.iter().any(|(at, _, what)| *at == line && what.contains(words)), "{text}: {told:?}");
+    }
+    let hint = read("[[manage]]\nsubnet = 'subnet-0a'\n").unwrap_err().0.remove(0).hint;
+    assert_eq!(hint.as_deref(), Some("did you mean `subnet_id`?"));
+}
+
+#[test]
+fn mistakes_in_what_is_chosen_for_an_eni_are_told() {
+    for (text, line, words) in [
+        ("mtu = 99999", 3, "from 1280 to 9216"),
+        ("main_routes = 'all'", 3, "is not one of \"none\", \"connected\""),
+        ("routes = [{ via = '10.0.1.1' }]", 3, "say where it leads"),
+        ("routes = [{ to = '10.9.1.0/16' }]", 3, "bits behind its length"),
+        ("routes = [{ to = '10.9.0.0/16', via = '2600::1' }]", 3, "different families"),
+        ("routes = [{ to = '10.9.0.0/16', gateway = '10.0.1.1' }]", 3, "unknown key `gateway`"),
+        ("[[eni.routes]]\nto = 'default'", 4, "not a network"),
+        ("[[eni]]\nmtu = 1400", 3, "this means no ENI"),
+    ] {
+        let told = mistakes(&format!("[[eni]]\nid = 'eni-1'\n{text}\n"));
+        assert!(told.iter().any(|(at, _, what)| *at == line && what.contains(words)), "{text}: {told:?}");
+        assert_eq!(told.len(), 1, "{text}: {told:?}");
+    }
+}
+
+#[test]
+fn entries_of_several_files_add_up() {
+    let files = [file("a.toml", "[[ignore]]\nlink = 'a*'\n"), file("b.toml", "\n[[ignore]]\nlink = 'b*'\n")];
+    let origins: Vec<String> =
+        config::read(&files).unwrap().config.ignore.iter().map(|selector| selector.origin.to_string()).collect();
+    assert_eq!(origins, ["a.toml:1", "b.toml:2"]);
+}
+
+fn without_origins(mut config: Config) -> Config {
+    let of_enis = config.enis.iter_mut().map(|(selector, _)| selector);
+    for selector in config.manage.iter_mut().chain(&mut config.ignore).chain(of_enis) {
+        selector.origin.line = 0;
+    }
+    config
+}
+
 #[test]
 fn what_is_shown_is_a_file_that_means_the_same() {
-    let settings = read("rules = 'per-address'\ntimeout = '1m 5s'\n[numbers]\nmark = 200\n").unwrap();
+    let settings = read(
+        "rules = 'per-address'\ntimeout = '1m 5s'\n[numbers]\nmark = 200\n\
+                         [[manage]]\nlink = ['e*', 'a\\\"b']\ndevice_number = [1, 2]\n\
+                         [[ignore]]\nnetwork_card = 3\nsecurity_group = '[a]*'\n",
+    )
+    .unwrap();
     let shown = settings.to_string();
     assert!(shown.contains("timeout = \"1m 5s\""), "{shown}");
     assert!(shown.lines().any(|line| line.starts_with("mark = 200 ") && line.ends_with("# a.toml:4")), "{shown}");
@@ -108,7 +195,7 @@ fn what_is_shown_is_a_file_that_means_the_same() {
         shown.lines().any(|line| line.starts_with("link_group = 20000 ") && line.ends_with("# default")),
         "{shown}"
     );
-    assert_eq!(read(&shown).unwrap().config, settings.config);
+    assert_eq!(without_origins(read(&shown).unwrap().config), without_origins(settings.config));
 }
 
 #[test]
@@ -312,5 +399,173 @@ fn the_form_of_the_rules_is_chosen_in_the_file() {
             Ok(())
         })
         .context("per-address")
+    });
+}
+
+const OTHERS: [&str; 7] = [
+    "link set eth03 mtu 1400 up",
+    "addr add 10.0.1.22/24 dev eth03",
+    "addr add 10.0.1.99/24 dev eth03",
+    "link property add dev eth03 altname cni0-uplink",
+    "route add 10.7.0.0/16 via 10.0.1.1 dev eth03",
+    "route add default via 10.0.1.1 dev eth03 table 3",
+    "rule add from 10.0.1.22 lookup 3 priority 1536",
+];
+
+/// Everything of the third ENI's that others have made, the link's own settings included.
+fn third_eni() -> Result<Vec<String>> {
+    let words = ["eth03", "lookup 3 ", "10.0.1.22", "10.0.1.99"];
+    let mut lines = dump()?;
+    lines.retain(|line| words.iter().any(|word| line.contains(word)) && !line.contains("proto 176"));
+    for name in ["accept_ra", "disable_ipv6", "autoconf"] {
+        let value = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/eth03/{name}"))?;
+        lines.push(format!("{name}={}", value.trim()));
+    }
+    Ok(lines)
+}
+
+#[test]
+fn an_ignored_eni_stays_as_it_is_through_everything() {
+    inside(|| {
+        for selector in [
+            "[[ignore]]\nmac = '02:00:00:00:00:03'",
+            "[[ignore]]\nid = 'eni-*3'",
+            "[[ignore]]\nlink = 'cni0-*'",
+            "[[ignore]]\ndevice_number = 2\nnetwork_card = 0",
+            "[[manage]]\nlink = ['eth01', 'eth02']",
+            "[[manage]]\nvpc_id = 'vpc-*'\n[[ignore]]\nsubnet_id = 'subnet-0c'",
+            "[[ignore]]\nsecurity_group = 'kube*'",
+        ] {
+            with_scenario("three-enis-of-which-two-share", |machine| {
+                machine.publish(with_groups(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?);
+                for command in OTHERS {
+                    ip(command)?;
+                }
+                let as_made = third_eni()?;
+                let file = write(machine, selector)?;
+                let unchanged = |after: &str| -> Result<()> {
+                    let difference = difference(&as_made, &third_eni()?);
+                    ensure!(difference.is_empty(), "{after}:\n{difference}");
+                    Ok(())
+                };
+                let eniup = |arguments: &str| -> Result<String> {
+                    let run = machine.eniup(&format!("{arguments} --config {file}"))?;
+                    ensure!(run.exit == 0, "{arguments}: exit {}: {}", run.exit, run.stderr);
+                    Ok(run.stdout + &run.stderr)
+                };
+                // What stays as it is though another ENI of the same subnet is configured, and is seen by its neighbour.
+                let boot = eniup("reconcile")?;
+                ensure!(boot.contains("from 10.0.1.20/31 to 10.0.1.0/24 iif lo lookup 20001"), "{boot}");
+                unchanged("boot")?;
+                ensure!(eniup("reconcile")?.is_empty() && eniup("plan --detailed-exitcode")?.is_empty());
+                ip("link set eth02 down")?;
+                ensure!(!eniup("reconcile")?.is_empty());
+                unchanged("refresh")?;
+                let status = eniup("status")?;
+                for words in ["secondary ENI, ignored", "config.toml:", "The kernel agrees with metadata"] {
+                    ensure!(status.contains(words), "`{words}` is missing: {status}");
+                }
+                eniup("release")?;
+                unchanged("release")?;
+                Ok(())
+            })
+            .context(selector)?;
+        }
+        Ok(())
+    });
+}
+
+/// The scenario's metadata with what selectors may ask for.
+fn with_groups(metadata: &Path) -> Result<BTreeMap<String, String>> {
+    let mut leaves = read_leaves(metadata)?;
+    for (mac, subnet, group) in [("01", "0a", "web"), ("02", "0b", "web"), ("03", "0c", "kube nodes")] {
+        let eni = format!("network/interfaces/macs/02:00:00:00:00:{mac}");
+        leaves.insert(format!("{eni}/subnet-id"), format!("subnet-{subnet}"));
+        leaves.insert(format!("{eni}/security-groups"), group.into());
+        leaves.insert(format!("{eni}/security-group-ids"), format!("sg-{mac}"));
+    }
+    Ok(leaves)
+}
+
+#[test]
+fn an_eni_that_comes_to_be_ignored_keeps_what_it_has_until_it_is_released_by_name() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            machine.reconcile(0)?;
+            let of_third = || -> Result<Vec<String>> {
+                let words = ["eth03", "20002", "10.0.1.22", "10.0.1.40"];
+                let lines = dump()?.into_iter();
+                Ok(lines.filter(|line| words.iter().any(|word| line.contains(word))).collect())
+            };
+            let managed = of_third()?;
+            ensure!(managed.len() > 6, "{managed:?}");
+            let file = write(machine, "[[ignore]]\nmac = '02:00:00:00:00:03'\n")?;
+            // Metadata knows it no longer by any address that it has.
+            let mut leaves = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+            leaves.insert("network/interfaces/macs/02:00:00:00:00:03/local-ipv4s".into(), "10.0.1.77".into());
+            machine.publish(leaves);
+            for verb in ["reconcile", "release"] {
+                let run = machine.eniup(&format!("{verb} --config {file}"))?;
+                ensure!(run.exit == 0, "{verb}: exit {}: {}", run.exit, run.stderr);
+                let difference = difference(&managed, &of_third()?);
+                ensure!(difference.is_empty(), "{verb}:\n{difference}");
+            }
+            ensure!(!dump()?.iter().any(|line| line.contains("20001")), "the second ENI was not released");
+            ensure!(machine.eniup("release")?.exit == 0 && !dump()?.iter().any(|line| line.contains("proto 176")));
+            Ok(())
+        })
+    });
+}
+
+const CHOICES: &str = "
+[[eni]]
+device_number = 1
+mtu = 1400
+main_routes = 'connected'
+routes = [
+    { to = '10.9.0.0/16', via = '10.0.1.7' },
+    { to = '10.8.0.0/16', table = 'both' },
+    { to = '0.0.0.0/0', via = '10.0.1.8' },
+    { to = '2600:9::/32', via = '2600:1f16:67f:f201::7' },
+    { to = '2600:8::/32', table = 'both' },
+]
+";
+
+/// How the kernel would send a packet.
+fn way(arguments: &str) -> Result<String> {
+    ip(&format!("route get {arguments}"))
+}
+
+#[test]
+fn the_kernel_takes_what_is_chosen_for_an_eni_and_release_takes_it_away() {
+    inside(|| {
+        with_scenario("two-subnets-dual-stack", |machine| {
+            let before = dump()?;
+            let file = write(machine, CHOICES)?;
+            let run = machine.eniup(&format!("reconcile --config {file}"))?;
+            ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+            let plan = machine.eniup(&format!("plan --detailed-exitcode --config {file}"))?;
+            ensure!(plan.exit == 0 && plan.stdout.is_empty(), "something is left to do: {}", plan.stdout);
+            for (arguments, words) in [
+                ("10.0.1.99", "10.0.1.99 dev eth02 src 10.0.1.20"),
+                ("10.8.1.1", "via 10.0.1.1 dev eth02"),
+                ("10.9.1.1", "via 10.0.0.1 dev eth01"),
+                ("10.9.1.1 from 10.0.1.20", "via 10.0.1.7 dev eth02"),
+                ("192.0.2.1 from 10.0.1.21", "via 10.0.1.8 dev eth02"),
+                ("192.0.2.1", "via 10.0.0.1 dev eth01"),
+                ("2600:9::1 from 2600:1f16:67f:f201::14", "via 2600:1f16:67f:f201::7 dev eth02"),
+                ("2600:8::1", "via fe80:ec2::1 dev eth02"),
+            ] {
+                let way = way(arguments)?;
+                ensure!(way.contains(words), "{arguments}: {way}");
+            }
+            ensure!(ip("link show eth02")?.contains(" mtu 1400 "));
+            let without = machine.reconcile(0)?.stderr;
+            ensure!(without.contains("ip -4 route del 10.0.1.0/24") && without.contains("mtu 9001"), "{without}");
+            ensure!(machine.eniup("release")?.exit == 0);
+            let difference = difference(&before, &dump()?);
+            ensure!(difference.is_empty(), "left behind:\n{difference}");
+            Ok(())
+        })
     });
 }

@@ -38,7 +38,8 @@ fn shown(attached: &eniup::eni::Attached, plan: &Plan) -> String {
 fn every_scenario_plans_as_its_golden_says() {
     for scenario in scenarios().unwrap() {
         let golden = scenario.folder.join("plan.txt");
-        let plan = shown(&scenario.attached, &scenario.plan(&scenario.observed()));
+        let observed = scenario.observed();
+        let plan = shown(&scenario.selected(&observed), &scenario.plan(&observed));
         if std::env::var_os("UPDATE_GOLDENS").is_some() {
             fs::write(&golden, &plan).unwrap();
         }
@@ -277,8 +278,9 @@ fn no_rule_matches_a_source_of_another_eni() {
         let plan = scenario.plan(&observed);
         apply(&mut observed, &plan);
         let name = &scenario.name;
-        for (eni, source, first) in first_rules(&scenario.attached, &observed) {
-            let is_primary = scenario.attached.primary_eni() == Some(eni);
+        let selected = scenario.selected(&observed);
+        for (eni, source, first) in first_rules(&selected, &observed) {
+            let is_primary = selected.primary_eni() == Some(eni);
             match first {
                 Some(rule) => {
                     assert_eq!(rule.table, policy::table(&Config::default(), eni.slot), "{name}: {source} by {rule:?}")

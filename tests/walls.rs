@@ -5,13 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 22] = [
+const FLOW: [&str; 23] = [
     "net",
-    "eni",
     "config",
+    "eni",
     "policy",
     "metadata",
     "proof",
+    "selection",
     "cover",
     "desired",
     "operation",
@@ -31,13 +32,14 @@ const FLOW: [&str; 22] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 13] = [
+const PURE: [&str; 14] = [
     "net",
-    "eni",
     "config",
+    "eni",
     "policy",
     "metadata",
     "proof",
+    "selection",
     "cover",
     "desired",
     "operation",

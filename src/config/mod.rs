@@ -1,8 +1,10 @@
 //! What the administrator may choose, from the texts of the configuration files. Nothing needs to be configured: the
 //! defaults come from `policy`. Which files there are, and reading them, is for `config_files`.
 
+pub mod choices;
 mod problem;
 mod reading;
+pub mod selector;
 mod show;
 mod table;
 
@@ -12,8 +14,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::policy;
+use choices::Choices;
 pub use problem::{Place, Problem, Problems};
 pub use reading::read;
+use selector::Selector;
 
 /// The numbers by which eniup marks and orders what it puts into the kernel, and what else can be chosen.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,6 +36,12 @@ pub struct Config {
     pub rules: Rules,
     /// When a run gives up waiting: for another run, for metadata, for pending ENIs.
     pub timeout: Duration,
+    /// If there is any, only the ENIs that one of them means are managed.
+    pub manage: Vec<Selector>,
+    /// The ENIs that one of these means are left alone, also if they are meant to be managed.
+    pub ignore: Vec<Selector>,
+    /// What is chosen for the ENIs that each of these means, later ones overriding earlier ones.
+    pub enis: Vec<(Selector, Choices)>,
 }
 
 /// The form of the rules that send an ENI's traffic by that ENI. Both forms send every address the same way.
@@ -44,6 +54,15 @@ pub enum Rules {
     PerAddress,
 }
 
+impl Config {
+    /// Whether ENIs are told apart by what routing does not need to know of them.
+    pub fn needs_details(&self) -> bool {
+        let of_enis = self.enis.iter().map(|(selector, _)| selector);
+        let selectors = self.manage.iter().chain(&self.ignore).chain(of_enis);
+        selectors.flat_map(|selector| selector.wanted.keys()).any(|attribute| attribute.is_detail())
+    }
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -54,6 +73,9 @@ impl Default for Config {
             link_group: policy::LINK_GROUP,
             rules: Rules::default(),
             timeout: policy::TIMEOUT,
+            manage: Vec::new(),
+            ignore: Vec::new(),
+            enis: Vec::new(),
         }
     }
 }

@@ -7,7 +7,9 @@ use std::ops::Range;
 
 use toml::de::{DeTable, DeValue};
 
+use super::choices::Choices;
 use super::problem::{Problem, Problems, Source, line_of};
+use super::selector::{Attribute, Selector};
 use super::table::{Spot, Table, Wrong, number, text, word};
 use super::{Config, File, Origin, Rules, Settings};
 use crate::policy;
@@ -82,6 +84,12 @@ impl<'a> Reading<'a> {
         self.set("rules", source, table.value("rules", |value| word(value, &RULES)), |config| &mut config.rules);
         self.set("timeout", source, table.value("timeout", duration), |config| &mut config.timeout);
         table.table("numbers", |table| self.read_numbers(source, table));
+        table.tables("manage", |table, span| self.config.manage.extend(selector(source, table, span)));
+        table.tables("ignore", |table, span| self.config.ignore.extend(selector(source, table, span)));
+        table.tables("eni", |table, span| {
+            let choices = Choices::read(table);
+            self.config.enis.extend(selector(source, table, span).map(|selector| (selector, choices)));
+        });
     }
 
     fn read_numbers(&mut self, source: Source<'a>, table: &mut Table) {
@@ -149,6 +157,15 @@ fn without_lines(text: &str, broken: &BTreeSet<usize>) -> String {
         false => line.to_string(),
     };
     text.split_inclusive('\n').enumerate().map(line).collect()
+}
+
+/// Which ENIs an entry means.
+fn selector(source: Source, table: &mut Table, span: &Range<usize>) -> Option<Selector> {
+    let selector = Selector::read(table, origin(source, span));
+    if !Attribute::ALL.iter().any(|attribute| table.has(attribute.key())) && table.has_only_known() {
+        table.wrong(span, "this means no ENI", "say which: mac = \"02:…\", id = \"eni-…\", link = \"ens6\"");
+    }
+    selector
 }
 
 fn duration(value: &DeValue) -> Result<Duration, Wrong> {

@@ -3,7 +3,8 @@
 
 use std::ops::{Range, RangeInclusive};
 
-use toml::de::{DeTable, DeValue};
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::problem::{Problem, Source};
 
@@ -71,9 +72,42 @@ impl<'a> Table<'a> {
         }
     }
 
+    /// The tables of a list, as `[[key]]` writes them, each walked by `read`, which also learns where it is.
+    pub fn tables(&mut self, key: &'static str, mut read: impl FnMut(&mut Table<'a>, &Range<usize>)) {
+        let hint = format!("write it as [[{key}]], or as {key} = [{{ … }}]");
+        let tables = |value: &'a DeValue<'a>| {
+            let list = value.as_array().filter(|list| list.iter().all(|item| item.get_ref().is_table()));
+            list.ok_or_else(|| Wrong::new(format!("a list of tables is expected, not {}", sort(value))).hint(hint))
+        };
+        for item in self.value(key, tables).map(|list| list.value).into_iter().flatten() {
+            let Some(entries) = item.get_ref().as_table() else { continue };
+            let mut inner = Table::new(self.source, entries);
+            read(&mut inner, &item.span());
+            self.problems.extend(inner.finish());
+        }
+    }
+
+    /// Notes what is wrong with this table as a whole.
+    pub fn wrong(&mut self, span: &Range<usize>, what: &str, hint: &str) {
+        self.problems.push(self.source.problem(span.clone(), what, Some(hint.into())));
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
+    /// Whether every key here has been asked for.
+    pub fn has_only_known(&self) -> bool {
+        self.unknown().next().is_none()
+    }
+
+    fn unknown(&self) -> impl Iterator<Item = &'a Spanned<DeString<'a>>> {
+        self.entries.keys().filter(|key| !self.asked.contains(&key.get_ref().as_ref()))
+    }
+
     /// All that is wrong with this table.
     pub fn finish(mut self) -> Vec<Problem> {
-        for (key, _) in self.entries.iter().filter(|(key, _)| !self.asked.contains(&key.get_ref().as_ref())) {
+        for key in self.unknown().collect::<Vec<_>>() {
             let name = key.get_ref().as_ref();
             let hint = nearest(name, &self.asked).map(|known| format!("did you mean `{known}`?"));
             let hint = hint.unwrap_or_else(|| format!("known here: {}", self.asked.join(", ")));
@@ -107,6 +141,18 @@ fn sort(value: &DeValue) -> &'static str {
 
 pub fn text<'a>(value: &'a DeValue<'a>) -> Result<&'a str, Wrong> {
     value.as_str().ok_or_else(|| Wrong::new(format!("a text in quotes is expected, not {}", sort(value))))
+}
+
+/// A list of such values, or one alone.
+pub fn list<'a, T>(
+    value: &'a DeValue<'a>,
+    read: impl Fn(&'a DeValue<'a>) -> Result<T, Wrong>,
+) -> Result<Vec<T>, Wrong> {
+    match value.as_array() {
+        None => Ok(vec![read(value)?]),
+        Some(items) if items.is_empty() => Err(Wrong::new("an empty list means nothing")),
+        Some(items) => items.iter().map(|item| read(item.get_ref())).collect(),
+    }
 }
 
 /// One of the words, by what it stands for.

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 use self::http::Attempt;
 use self::pace::Pace;
 use self::way::{Failures, Way};
-use crate::metadata::{ASSOCIATIONS, Answer, DETAIL_KEYS, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, Tree};
+use crate::metadata::{ASSOCIATIONS, Answer, DETAIL_KEYS, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, SELECTOR_KEYS, Tree};
 use crate::metadata::{eni_directory, lines, listed_macs};
 use crate::net::MacAddr;
 
@@ -113,6 +113,8 @@ impl std::error::Error for Error {}
 pub enum Scope {
     /// What routing needs.
     Routing,
+    /// What the configuration tells ENIs apart by besides.
+    Selection,
     /// What `status` shows besides.
     Details,
 }
@@ -348,7 +350,12 @@ impl Reading {
 
     fn is_wanted(&self, directory: &str, name: &str) -> bool {
         let is_detail = || DETAIL_KEYS.contains(&name) || name == ASSOCIATIONS || directory.ends_with(ASSOCIATIONS);
-        ROUTING_KEYS.contains(&name) || self.scope == Scope::Details && is_detail()
+        let is_of_scope = match self.scope {
+            Scope::Routing => false,
+            Scope::Selection => SELECTOR_KEYS.contains(&name),
+            Scope::Details => is_detail(),
+        };
+        ROUTING_KEYS.contains(&name) || is_of_scope
     }
 }
 

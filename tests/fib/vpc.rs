@@ -158,6 +158,9 @@ impl Vpc {
             pending: BTreeMap::new(),
             disputes: BTreeMap::new(),
             malformed: Vec::new(),
+            ignored: BTreeMap::new(),
+            undecided: BTreeSet::new(),
+            choices: BTreeMap::new(),
         }
     }
 }

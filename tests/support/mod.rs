@@ -2,7 +2,8 @@
 //!
 //! A scenario is a folder below `tests/scenarios` named for what it shows: `metadata.json` (a snapshot as `eniup plan
 //! --metadata` takes it), optionally `before.json` (an earlier snapshot that the machine was brought into agreement
-//! with), optionally `machine.json` (how the machine differs from a fresh one), and `plan.txt`, the expected output.
+//! with), optionally `machine.json` (how the machine differs from a fresh one), optionally `config.toml` (which was not
+//! there before), and `plan.txt`, the expected output.
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod machine;
@@ -14,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use eniup::config::Config;
+use eniup::config::{self, Config};
 use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::metadata::{self, Tree};
@@ -22,6 +23,7 @@ use eniup::net::{Address, MacAddr, Observed, Route, RouteKind};
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, fresh_machine, plan};
 use eniup::policy;
+use eniup::selection::select;
 use proptest::prelude::{ProptestConfig, Strategy};
 use proptest::test_runner::{TestCaseError, TestRunner};
 use serde::Deserialize;
@@ -32,6 +34,8 @@ pub struct Scenario {
     pub attached: Attached,
     pub before: Option<Attached>,
     pub machine: Machine,
+    pub tree: Tree,
+    pub config: Config,
 }
 
 /// How a machine differs from a fresh one, by the MAC of an ENI.
@@ -55,9 +59,22 @@ pub struct Machine {
     pub bridge: Vec<ipnet::IpNet>,
 }
 
-pub fn read_attached(path: &Path) -> Result<Attached> {
+pub fn read_tree(path: &Path) -> Result<Tree> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    Ok(metadata::attached(&Tree::from_json(&text).with_context(|| path.display().to_string())?)?)
+    Tree::from_json(&text).with_context(|| path.display().to_string())
+}
+
+pub fn read_attached(path: &Path) -> Result<Attached> {
+    Ok(metadata::attached(&read_tree(path)?)?)
+}
+
+/// The configuration of a scenario, told by the name that the file has in it.
+fn read_config(path: &Path) -> Result<Config> {
+    if !path.exists() {
+        return Ok(Config::default());
+    }
+    let file = config::File { name: "config.toml".into(), text: Ok(fs::read_to_string(path)?) };
+    Ok(config::read(&[file])?.config)
 }
 
 /// All scenarios, by name.
@@ -71,6 +88,8 @@ pub fn scenarios() -> Result<Vec<Scenario>> {
         let machine = folder.join("machine.json");
         scenarios.push(Scenario {
             attached: read_attached(&folder.join("metadata.json"))?,
+            tree: read_tree(&folder.join("metadata.json"))?,
+            config: read_config(&folder.join("config.toml")).with_context(|| name.clone())?,
             before: before.exists().then(|| read_attached(&before)).transpose()?,
             machine: match machine.exists() {
                 true => serde_json::from_str(&fs::read_to_string(&machine)?).with_context(|| name.clone())?,
@@ -87,7 +106,13 @@ pub fn scenarios() -> Result<Vec<Scenario>> {
 
 impl Scenario {
     pub fn plan(&self, observed: &Observed) -> Plan {
-        plan_for(&self.attached, observed)
+        let selected = self.selected(observed);
+        plan(&desired(&selected, &self.config), observed, selected.primary, &self.config)
+    }
+
+    /// What is attached, as the scenario's configuration takes it.
+    pub fn selected(&self, observed: &Observed) -> Attached {
+        select(&self.attached, &self.tree, observed, &self.config)
     }
 
     /// The machine as the scenario finds it.

@@ -1,0 +1,133 @@
+//! Which ENIs an entry of the configuration means.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use glob::Pattern;
+use toml::de::DeValue;
+
+use super::Origin;
+use super::table::{Table, Wrong, list, number, text};
+use crate::net::MacAddr;
+
+/// What ENIs can be told apart by.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Attribute {
+    Mac,
+    Id,
+    /// The link's name and its alternative names.
+    Link,
+    NetworkCard,
+    DeviceNumber,
+    SubnetId,
+    VpcId,
+    /// Name or id.
+    SecurityGroup,
+}
+
+impl Attribute {
+    pub const ALL: [Attribute; 8] = [
+        Attribute::Mac,
+        Attribute::Id,
+        Attribute::Link,
+        Attribute::NetworkCard,
+        Attribute::DeviceNumber,
+        Attribute::SubnetId,
+        Attribute::VpcId,
+        Attribute::SecurityGroup,
+    ];
+
+    pub fn key(self) -> &'static str {
+        match self {
+            Attribute::Mac => "mac",
+            Attribute::Id => "id",
+            Attribute::Link => "link",
+            Attribute::NetworkCard => "network_card",
+            Attribute::DeviceNumber => "device_number",
+            Attribute::SubnetId => "subnet_id",
+            Attribute::VpcId => "vpc_id",
+            Attribute::SecurityGroup => "security_group",
+        }
+    }
+
+    /// Whether metadata has to be asked for more than routing needs.
+    pub fn is_detail(self) -> bool {
+        matches!(self, Attribute::SubnetId | Attribute::VpcId | Attribute::SecurityGroup)
+    }
+
+    /// How EC2's ids of this sort begin.
+    fn prefix(self) -> Option<&'static str> {
+        match self {
+            Attribute::Id => Some("eni-"),
+            Attribute::SubnetId => Some("subnet-"),
+            Attribute::VpcId => Some("vpc-"),
+            Attribute::Mac
+            | Attribute::Link
+            | Attribute::NetworkCard
+            | Attribute::DeviceNumber
+            | Attribute::SecurityGroup => None,
+        }
+    }
+}
+
+/// What is known of an ENI; an attribute that is not there is not known.
+pub type Facts = BTreeMap<Attribute, BTreeSet<String>>;
+
+/// Means the ENIs that have all of these attributes, each by one of its patterns at least.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Selector {
+    pub wanted: BTreeMap<Attribute, Vec<Pattern>>,
+    pub origin: Origin,
+}
+
+impl Selector {
+    /// Whether this ENI is meant; none when that cannot be told from what is known.
+    pub fn selects(&self, facts: &Facts) -> Option<bool> {
+        let has = |(attribute, patterns): (&Attribute, &Vec<Pattern>)| {
+            let values = facts.get(attribute)?;
+            Some(values.iter().any(|value| patterns.iter().any(|pattern| pattern.matches(value))))
+        };
+        let answers: Vec<Option<bool>> = self.wanted.iter().map(has).collect();
+        match answers.contains(&Some(false)) {
+            true => Some(false),
+            false => answers.into_iter().collect::<Option<Vec<bool>>>().map(|_| true),
+        }
+    }
+
+    /// Reads a table's attributes; none when it has none that is good.
+    pub fn read(table: &mut Table, origin: Origin) -> Option<Selector> {
+        let mut wanted = BTreeMap::new();
+        for attribute in Attribute::ALL {
+            let patterns = table.value(attribute.key(), |value| list(value, |value| pattern(attribute, value)));
+            wanted.extend(patterns.map(|patterns| (attribute, patterns.value)));
+        }
+        (!wanted.is_empty()).then_some(Selector { wanted, origin })
+    }
+}
+
+fn pattern(attribute: Attribute, value: &DeValue) -> Result<Pattern, Wrong> {
+    if let Attribute::NetworkCard | Attribute::DeviceNumber = attribute {
+        return Ok(literal(&number::<u32>(value, 0..=99)?.to_string()));
+    }
+    let text = text(value)?;
+    let is_literal = !text.contains(['*', '?', '[']);
+    match attribute {
+        Attribute::Mac if is_literal => {
+            return text.parse::<MacAddr>().map(|mac| literal(&mac.to_string())).map_err(Wrong::new);
+        }
+        attribute if is_literal => {
+            if let Some(prefix) = attribute.prefix().filter(|prefix| !text.starts_with(prefix)) {
+                return Err(Wrong::new(format!("\"{text}\" does not begin with \"{prefix}\"")));
+            }
+        }
+        _ => {}
+    }
+    let text = if attribute == Attribute::Mac { text.to_lowercase() } else { text.into() };
+    Pattern::new(&text).map_err(|error| {
+        let wrong = Wrong::new(format!("\"{text}\" is no pattern: {}", error.msg));
+        wrong.hint("`*` is any text, `?` any character, `[ab]` one of these")
+    })
+}
+
+fn literal(text: &str) -> Pattern {
+    Pattern::new(&Pattern::escape(text)).expect("an escaped text is a pattern")
+}

@@ -1,0 +1,114 @@
+//! Which of the attached ENIs are eniup's to configure, by what the configuration says; the others are left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::config::Config;
+use crate::config::choices::Choices;
+use crate::config::selector::{Attribute, Facts};
+use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
+use crate::metadata::{Tree, told};
+use crate::net::{Link, MacAddr, Observed};
+use crate::policy;
+
+/// The attached ENIs with those set aside that are to be left alone, or may be.
+pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Config) -> Attached {
+    let mut selected = attached.clone();
+    for (mac, eni) in &attached.ready {
+        let facts = facts(*mac, Some(&eni.id), Some(eni), tree, observed);
+        match verdict(&facts, config) {
+            Verdict::Managed => _ = selected.choices.insert(*mac, choices(&facts, config)),
+            Verdict::Ignored { by } => {
+                selected.ready.remove(mac);
+                selected.ignored.insert(*mac, Ignored { by, eni: Known::Ready(eni.clone()) });
+            }
+            Verdict::Undecided { by } => {
+                selected.ready.remove(mac);
+                selected.pending.insert(*mac, Pending::of(eni.clone(), Reason::Undecided { by }));
+                selected.undecided.insert(*mac);
+            }
+        }
+    }
+    for (mac, pending) in &attached.pending {
+        match verdict(&facts(*mac, pending.id.as_ref(), None, tree, observed), config) {
+            Verdict::Managed => {}
+            Verdict::Ignored { by } => {
+                selected.pending.remove(mac);
+                selected.ignored.insert(*mac, Ignored { by, eni: Known::Pending(pending.clone()) });
+            }
+            Verdict::Undecided { .. } => _ = selected.undecided.insert(*mac),
+        }
+    }
+    selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
+    selected
+}
+
+/// The links that are to be left alone by what the kernel alone tells of them: where the ENI's metadata would have to be
+/// asked, they are not.
+pub fn ignored_links(observed: &Observed, config: &Config) -> BTreeSet<u32> {
+    let is_ignored = |link: &&Link| matches!(verdict(&link_facts(link), config), Verdict::Ignored { .. });
+    observed.links.values().filter(is_ignored).map(|link| link.index).collect()
+}
+
+/// What is to become of an ENI, and which line of the configuration says so.
+enum Verdict {
+    Managed,
+    Ignored { by: String },
+    Undecided { by: String },
+}
+
+fn verdict(facts: &Facts, config: &Config) -> Verdict {
+    let Config { manage, ignore, .. } = config;
+    if let Some(selector) = ignore.iter().find(|selector| selector.selects(facts) == Some(true)) {
+        return Verdict::Ignored { by: format!("[[ignore]] at {}", selector.origin) };
+    }
+    let is_managed = |answer| manage.iter().find(|selector| selector.selects(facts) == answer);
+    if let (Some(first), None, None) = (manage.first(), is_managed(Some(true)), is_managed(None)) {
+        return Verdict::Ignored { by: format!("no [[manage]] means it (the first is at {})", first.origin) };
+    }
+    if let Some(selector) = ignore.iter().find(|selector| selector.selects(facts).is_none()) {
+        return Verdict::Undecided { by: format!("[[ignore]] at {}", selector.origin) };
+    }
+    if let (None, Some(selector)) = (is_managed(Some(true)), is_managed(None)) {
+        return Verdict::Undecided { by: format!("[[manage]] at {}", selector.origin) };
+    }
+    match config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
+        Some((selector, _)) => Verdict::Undecided { by: format!("[[eni]] at {}", selector.origin) },
+        None => Verdict::Managed,
+    }
+}
+
+/// What all entries that mean this ENI choose for it.
+fn choices(facts: &Facts, config: &Config) -> Choices {
+    let meant = config.enis.iter().filter(|(selector, _)| selector.selects(facts) == Some(true));
+    meant.fold(Choices::default(), |choices, (_, later)| choices.and_then(later))
+}
+
+/// What is known of an ENI. One that has no link has no name either.
+fn facts(mac: MacAddr, id: Option<&String>, eni: Option<&Eni>, tree: &Tree, observed: &Observed) -> Facts {
+    let one = |text: String| BTreeSet::from([text]);
+    let links = observed.links.values().filter(|link| link.mac == Some(mac) && policy::can_be_eni(link));
+    let mut facts: Facts = BTreeMap::from([(Attribute::Link, links.flat_map(names).collect())]);
+    facts.insert(Attribute::Mac, one(mac.to_string()));
+    facts.extend(id.map(|id| (Attribute::Id, one(id.clone()))));
+    facts.extend(eni.map(|eni| (Attribute::NetworkCard, one(eni.slot.network_card.to_string()))));
+    facts.extend(eni.map(|eni| (Attribute::DeviceNumber, one(eni.slot.device_number.to_string()))));
+    let mut tell = |attribute, values: Option<BTreeSet<String>>| facts.extend(values.map(|values| (attribute, values)));
+    tell(Attribute::SubnetId, told(tree, mac, "subnet-id"));
+    tell(Attribute::VpcId, told(tree, mac, "vpc-id"));
+    let groups = told(tree, mac, "security-groups").zip(told(tree, mac, "security-group-ids"));
+    tell(Attribute::SecurityGroup, groups.map(|(names, ids)| names.into_iter().chain(ids).collect()));
+    facts
+}
+
+/// What the kernel tells of an ENI; its id only where it is an alternative name of the link.
+fn link_facts(link: &Link) -> Facts {
+    let mut facts: Facts = BTreeMap::from([(Attribute::Link, names(link).collect())]);
+    facts.extend(link.mac.map(|mac| (Attribute::Mac, BTreeSet::from([mac.to_string()]))));
+    let id = link.altnames.iter().find(|name| name.starts_with("eni-"));
+    facts.extend(id.map(|id| (Attribute::Id, BTreeSet::from([id.clone()]))));
+    facts
+}
+
+fn names(link: &Link) -> impl Iterator<Item = String> {
+    std::iter::once(&link.name).chain(&link.altnames).cloned()
+}
