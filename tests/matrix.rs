@@ -9,9 +9,9 @@ use vpc_lab::matrix::{How, run};
 
 const ENIUP: &str = env!("CARGO_BIN_EXE_eniup");
 
-fn play(name: &str) -> Result<()> {
+fn play(name: &str, how: How) -> Result<()> {
     let layout = LAYOUTS.iter().find(|layout| layout.name == name).expect("the layout is in the list");
-    let tally = run(layout, Path::new(ENIUP), How::Eniup)?;
+    let tally = run(layout, Path::new(ENIUP), how)?;
     let all: usize = tally.passed.values().map(|(_, all)| all).sum();
     ensure!(all > 100, "only {all} exchanges were made");
     ensure!(tally.is_right(), "{} dropped, {} wrong: {:#?}", tally.drops, tally.faults.len(), tally.faults);
@@ -23,7 +23,7 @@ macro_rules! layouts {
         $(
             #[test]
             fn $test() {
-                vpc_lab::inside(|| play($name));
+                vpc_lab::inside(|| play($name, How::Eniup));
             }
         )*
 
@@ -56,6 +56,38 @@ layouts! {
     overlapping_vpc = "overlapping-vpc";
     one_eni = "one-eni";
     link_names_swapped = "link-names-swapped";
+}
+
+/// The largest is left to the command: it differs from the others in number alone.
+#[test]
+fn one_rule_for_each_address_passes_as_well() {
+    vpc_lab::inside(|| {
+        let layouts = LAYOUTS.iter().filter(|layout| layout.name != "32-cards");
+        layouts
+            .map(|layout| layout.name)
+            .try_for_each(|name| play(name, How::PerAddress).map_err(|error| error.context(name)))
+    });
+}
+
+/// The other form is really another: a rule for each address where few would do.
+#[test]
+fn the_form_of_the_rules_is_the_one_that_was_chosen() {
+    vpc_lab::inside(|| {
+        let layout =
+            LAYOUTS.iter().find(|layout| layout.name == "distinct-subnets").expect("the layout is in the list");
+        let rules = |text: &str| -> Result<usize> {
+            let stage = (layout.build)(Path::new(ENIUP))?;
+            let folder = stage.scene.lab.node("web")?.run_directory().join("eniup/config.d");
+            std::fs::create_dir_all(&folder)?;
+            std::fs::write(folder.join("50-rules.toml"), text)?;
+            let plan = stage.scene.lab.eniup("web", &["plan"])?;
+            ensure!(plan.status.success(), "{}", String::from_utf8_lossy(&plan.stderr));
+            Ok(String::from_utf8_lossy(&plan.stdout).lines().filter(|line| line.starts_with("ip -4 rule add")).count())
+        };
+        let (few, many) = (rules("")?, rules("rules = \"per-address\"\n")?);
+        ensure!(few < many, "{few} and {many} rules");
+        Ok(())
+    });
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The reachability matrix: every exchange on every layout, and what the VPC dropped meanwhile.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -41,6 +42,8 @@ const CLASSES: [&str; 16] = [
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum How {
     Eniup,
+    /// By eniup with `rules = "per-address"`.
+    PerAddress,
     /// By nobody: what the distribution made of the primary ENI is all there is.
     None,
 }
@@ -87,7 +90,7 @@ pub fn play(eniup: &Path, how: How, only: &[String]) -> Result<bool> {
     let passed: usize = results.iter().flat_map(|(_, result)| result.passed.values()).map(|(passed, _)| passed).sum();
     let dropped: u64 = results.iter().map(|(_, result)| result.drops).sum();
     println!("{passed} of {all} exchanges right, {dropped} packets dropped by the source check");
-    if how == How::Eniup {
+    if how != How::None {
         for (layout, result) in &results {
             result.faults.iter().take(5).for_each(|fault| println!("  wrong in {}: {fault}", layout.name));
         }
@@ -113,9 +116,12 @@ pub fn run(layout: &Layout, eniup: &Path, how: How) -> Result<Tally> {
     let stage = (layout.build)(eniup).with_context(|| format!("building {}", layout.name))?;
     let checks = expected(&stage)?;
     let lab = &stage.scene.lab;
-    if how == How::Eniup {
+    if how != How::None {
         lab.fabric.forget_drops();
         for instance in &stage.scene.instances {
+            if how == How::PerAddress {
+                choose_per_address(lab, instance)?;
+            }
             reconcile(lab, instance)?;
         }
         ensure!(lab.fabric.source_drops() == 0, "dropped during reconcile: {:?}", lab.fabric.last_drops());
@@ -167,6 +173,13 @@ fn primary_addresses(lab: &Lab) -> Result<Vec<IpAddr>> {
     let primary = world.eni(&world.instance(id)?.primary)?;
     let publics = world.associations_of(&primary.id).into_iter().map(|(public, _)| IpAddr::from(public));
     Ok(primary.addresses().into_iter().chain(publics).collect())
+}
+
+/// Drops the choice in where an administrator would for this boot.
+fn choose_per_address(lab: &Lab, instance: &str) -> Result<()> {
+    let folder = lab.node(instance)?.run_directory().join("eniup/config.d");
+    fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+    fs::write(folder.join("50-rules.toml"), "rules = \"per-address\"\n").context("writing the drop-in")
 }
 
 fn reconcile(lab: &Lab, instance: &str) -> Result<()> {
