@@ -71,7 +71,9 @@ fn changes(machine: &Machine, scenario: &Scenario) -> Vec<String> {
         commands.extend(nets.iter().map(|net| format!("route add {net} dev {} proto kernel metric 100", links[mac])));
     }
     if !bridge.is_empty() {
-        commands.extend(["link add br7 type bridge".into(), "link set br7 up".into()]);
+        // A pair for the bridge, whose timers would differ from run to run.
+        let pair = "link add br7 address 02:97:00:00:00:01 type veth peer name br8 address 02:97:00:00:00:02";
+        commands.extend([pair.into(), "link set br8 up".into(), "link set br7 up".into()]);
         commands.extend(bridge.iter().map(|net| format!("route add {net} dev br7 proto kernel metric 100")));
     }
     for link in bounce.iter().flat_map(present) {
