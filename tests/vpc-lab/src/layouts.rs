@@ -404,7 +404,8 @@ fn strict_rp_filter(eniup: &Path) -> Result<Stage> {
     builder.stage()
 }
 
-/// A private subnet whose way out is the instance's second ENI, masqueraded out of its primary.
+/// A private subnet whose way out is the instance's second ENI, and a host in the third ENI's own subnet that has the
+/// instance for its gateway; both masqueraded out of the primary.
 fn nat_box(eniup: &Path) -> Result<Stage> {
     let builder = three_enis(eniup, Distribution::Primary)?;
     let (second, private) = (builder.web[1].clone(), builder.subnets[3].clone());
@@ -416,14 +417,24 @@ fn nat_box(eniup: &Path) -> Result<Stage> {
     })?;
     builder.on_web(|| {
         kernel::sysctl("ipv4/ip_forward", "1")?;
-        nat::masquerade("10.0.3.0/24".parse()?, "ens6")
+        nat::masquerade("10.0.3.0/24".parse()?, "ens6")?;
+        nat::masquerade("10.0.2.0/24".parse()?, "ens7")
     })?;
     let web = builder.web[0].clone();
     let mut stage = builder.stage()?;
     let world = stage.scene.lab.world();
     for (public, _) in world.associations_of(&web) {
-        stage.extra.extend(asks_from(FORWARDED, "client3", INTERNET_IPV4.into(), public.into()));
+        for client in ["client2", "client3"] {
+            stage.extra.extend(asks_from(FORWARDED, client, INTERNET_IPV4.into(), public.into()));
+        }
     }
+    // Forwarded packets of an ENI's own subnet must not be taken for what the machine itself sends.
+    let by_web = Some(IpAddr::from([10, 0, 2, 30]));
+    stage
+        .scene
+        .lab
+        .node("client2")?
+        .enter(|| kernel::add_route(&Route::new(IpAddr::from(INTERNET_IPV4).into(), by_web, "ens5")))?;
     Ok(stage)
 }
 
@@ -547,7 +558,7 @@ fn tailscale(eniup: &Path) -> Result<Stage> {
         }
         Ok(())
     })?;
-    governed(builder)
+    builder.stage()
 }
 
 fn swapped_roles(eniup: &Path) -> Result<Stage> {

@@ -53,6 +53,8 @@ pub struct Tally {
     pub passed: BTreeMap<String, (usize, usize)>,
     pub faults: Vec<String>,
     pub drops: u64,
+    /// Exchanges that are somebody else's to make work and did not before eniup came either.
+    pub left_out: usize,
 }
 
 impl Tally {
@@ -90,6 +92,9 @@ pub fn play(eniup: &Path, how: How, only: &[String]) -> Result<bool> {
     let passed: usize = results.iter().flat_map(|(_, result)| result.passed.values()).map(|(passed, _)| passed).sum();
     let dropped: u64 = results.iter().map(|(_, result)| result.drops).sum();
     println!("{passed} of {all} exchanges right, {dropped} packets dropped by the source check");
+    for (layout, result) in results.iter().filter(|(_, result)| result.left_out > 0) {
+        println!("{}: {} more are the tunnel's to carry, and it did not before either", layout.name, result.left_out);
+    }
     if how != How::None {
         for (layout, result) in &results {
             result.faults.iter().take(5).for_each(|fault| println!("  wrong in {}: {fault}", layout.name));
@@ -114,7 +119,7 @@ fn row(layout: &Layout, result: &Tally, used: &[&str]) -> Vec<Cell> {
 /// It cannot be built, or eniup fails on it.
 pub fn run(layout: &Layout, eniup: &Path, how: How) -> Result<Tally> {
     let stage = (layout.build)(eniup).with_context(|| format!("building {}", layout.name))?;
-    let checks = expected(&stage)?;
+    let (checks, left_out) = expected(&stage)?;
     let lab = &stage.scene.lab;
     if how != How::None {
         lab.fabric.forget_drops();
@@ -136,16 +141,16 @@ pub fn run(layout: &Layout, eniup: &Path, how: How) -> Result<Tally> {
         *all += 1;
     }
     let drops = lab.fabric.source_drops();
-    Ok(Tally { passed, faults: faults.into_iter().flatten().collect(), drops })
+    Ok(Tally { passed, faults: faults.into_iter().flatten().collect(), drops, left_out })
 }
 
 /// The exchanges of a stage. Where something else governs the primary's and unbound traffic, that has to stay as it is
 /// before eniup comes: what is answered stays answered, and is seen as before.
-fn expected(stage: &Stage) -> Result<Vec<Check>> {
+fn expected(stage: &Stage) -> Result<(Vec<Check>, usize)> {
     let Stage { scene, is_governed_by_others, extra } = stage;
     let checks: Vec<Check> = scene.ingress().into_iter().chain(scene.egress()).chain(extra.iter().cloned()).collect();
     if !is_governed_by_others {
-        return Ok(checks);
+        return Ok((checks, 0));
     }
     let primaries = primary_addresses(&scene.lab)?;
     let is_theirs = |check: &Check| {
@@ -159,11 +164,13 @@ fn expected(stage: &Stage) -> Result<Vec<Check>> {
     let (theirs, mut ours): (Vec<Check>, Vec<Check>) = checks.into_iter().partition(is_theirs);
     let probes: Vec<Probe> = theirs.iter().map(|check| check.probe.clone()).collect();
     let before = scene.lab.probe(&probes, PATIENCE)?;
+    let all = ours.len() + theirs.len();
     ours.extend(theirs.into_iter().zip(before).filter_map(|(check, outcome)| match outcome {
         Outcome::Answer { by, seen, .. } if by == check.probe.to => Some(Check { seen, ..check }),
         Outcome::Answer { .. } | Outcome::Failed(_) | Outcome::Silence => None,
     }));
-    Ok(ours)
+    let left_out = all - ours.len();
+    Ok((ours, left_out))
 }
 
 /// The addresses of `web`'s primary ENI, private and public.
