@@ -250,3 +250,47 @@ pub fn is_settling(config: &Config, observed: &Observed) -> bool {
 pub fn can_be_eni(link: &Link) -> bool {
     link.kind.as_deref().is_none_or(|kind| LINK_KINDS.contains(&kind))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link that is up or down with an address of ours, and the kernel's local route for it or not.
+    fn machine(net: &str, is_up: bool, has_local_route: bool) -> Observed {
+        let config = Config::default();
+        let net: IpNet = net.parse().unwrap();
+        let link = Link {
+            index: 7,
+            name: "eth1".into(),
+            mac: None,
+            kind: None,
+            controller: None,
+            is_up,
+            mtu: 9001,
+            group: 0,
+            altnames: BTreeSet::new(),
+            ipv6: None,
+        };
+        let mut observed = Observed { has_ipv6: true, ..Observed::default() };
+        observed.links.insert(7, link);
+        observed.addresses.insert((7, address(&config, net, false)));
+        let local = Route {
+            kind: RouteKind::Other(LOCAL_ROUTE),
+            protocol: KERNEL_PROTOCOL,
+            ..route(&config, net.addr().into(), None, 255, Family::V6)
+        };
+        observed.routes.extend(has_local_route.then_some((Some(7), local)));
+        observed
+    }
+
+    #[test]
+    fn an_ipv6_address_settles_when_its_local_route_stands() {
+        let is_settling =
+            |net, is_up, has_local_route| super::is_settling(&Config::default(), &machine(net, is_up, has_local_route));
+        assert!(is_settling("2001:db8::5/128", true, false));
+        assert!(!is_settling("2001:db8::5/128", true, true));
+        // The kernel has no use for it while the link is down, and IPv4 is ready with its acknowledgement.
+        assert!(!is_settling("2001:db8::5/128", false, false));
+        assert!(!is_settling("10.0.0.5/24", true, false));
+    }
+}
