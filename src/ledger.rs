@@ -132,14 +132,15 @@ fn path(directory: &Path) -> PathBuf {
     directory.join("ledger.json")
 }
 
-fn boot() -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let namespace = fs::read_link("/proc/thread-self/ns/net").unwrap_or_default();
-    format!("{} {}", boot.trim(), namespace.display())
+/// This boot and network namespace; none when that cannot be told, and then no ledger is known to be of it.
+fn boot() -> Option<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let namespace = fs::read_link("/proc/thread-self/ns/net").ok()?;
+    Some(format!("{} {}", boot.trim(), namespace.display()))
 }
 
 fn empty() -> Ledger {
-    Ledger { version: VERSION, boot: boot(), ..Ledger::default() }
+    Ledger { version: VERSION, boot: boot().unwrap_or_default(), ..Ledger::default() }
 }
 
 /// The ledger of this boot; an empty one when there is none. One that cannot be read costs a line in the log: what it
@@ -167,8 +168,8 @@ fn read(directory: &Path) -> Result<Ledger> {
         bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
     };
     let ledger: Ledger = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
-    let empty = empty();
-    Ok(if ledger.version == VERSION && ledger.boot == empty.boot { ledger } else { empty })
+    let is_of_this_boot = boot().is_some_and(|boot| boot == ledger.boot);
+    Ok(if ledger.version == VERSION && is_of_this_boot { ledger } else { empty() })
 }
 
 /// Writes the ledger as a whole: a crash leaves the old one or the new one. If it cannot be written, that costs what it
