@@ -84,6 +84,10 @@ pub enum Outcome<'a> {
     Thrown(&'a Route),
     /// The route is too short, or by a link of the wrong group, for this rule.
     Suppressed(&'a Route),
+    /// On to the rules of this priority.
+    Jumped(u32),
+    /// There is no rule where it would go on.
+    NoTarget,
     Decided(Way, Option<&'a Route>),
 }
 
@@ -108,12 +112,20 @@ pub fn lookup<'a>(observed: &'a Observed, packet: &Packet) -> Answer<'a> {
     }
     let of_family = |rule: &&Rule| rule.family == packet.destination.family();
     let rules: Vec<&Rule> = observed.rules.iter().filter(of_family).collect();
+    let mut reached = 0;
     for tied in rules.chunk_by(|a, b| a.priority == b.priority) {
+        if tied[0].priority < reached {
+            continue;
+        }
         let first = answer.trace.len();
         answer.trace.extend(tied.iter().map(|rule| (*rule, try_rule(observed, packet, rule))));
-        if let Some((way, rule, route)) = decision(&answer.trace[first..]) {
-            (answer.way, answer.rule, answer.route) = (way, Some(rule), route);
-            break;
+        match decision(&answer.trace[first..]) {
+            None => {}
+            Some(Decision::GoOn { priority }) => reached = priority,
+            Some(Decision::Taken { way, rule, route }) => {
+                (answer.way, answer.rule, answer.route) = (way, Some(rule), route);
+                break;
+            }
         }
     }
     // Where look-up fails, IPv4 takes whatever a socket is bound to for the destination's own link
@@ -126,16 +138,33 @@ pub fn lookup<'a>(observed: &'a Observed, packet: &Packet) -> Answer<'a> {
     answer
 }
 
+#[derive(Clone, Copy)]
+enum Decision<'a> {
+    Taken { way: Way, rule: &'a Rule, route: Option<&'a Route> },
+    GoOn { priority: u32 },
+}
+
 /// What rules of one priority decide together, if any of them decides.
-fn decision<'a>(tried: &[(&'a Rule, Outcome<'a>)]) -> Option<(Way, &'a Rule, Option<&'a Route>)> {
+fn decision<'a>(tried: &[(&'a Rule, Outcome<'a>)]) -> Option<Decision<'a>> {
     let mut decided = tried.iter().filter_map(|(rule, outcome)| match outcome {
-        Outcome::Decided(way, route) => Some((*way, *rule, *route)),
-        Outcome::NotMatched | Outcome::NoRoute | Outcome::Thrown(_) | Outcome::Suppressed(_) => None,
+        Outcome::Decided(way, route) => Some((Decision::Taken { way: *way, rule, route: *route }, rule)),
+        Outcome::Jumped(priority) => Some((Decision::GoOn { priority: *priority }, rule)),
+        Outcome::NotMatched | Outcome::NoRoute | Outcome::Thrown(_) | Outcome::Suppressed(_) | Outcome::NoTarget => {
+            None
+        }
     });
-    let (way, rule, route) = decided.next()?;
-    match decided.all(|(other, _, _)| other == way) {
-        true => Some((way, rule, route)),
-        false => Some((Way::Unknown(Doubt::OrderOfRules { priority: rule.priority }), rule, None)),
+    let (first, rule) = decided.next()?;
+    let is_same = |other: Decision| match (first, other) {
+        (Decision::Taken { way, .. }, Decision::Taken { way: other, .. }) => way == other,
+        (Decision::GoOn { priority }, Decision::GoOn { priority: other }) => priority == other,
+        (Decision::Taken { .. }, Decision::GoOn { .. }) | (Decision::GoOn { .. }, Decision::Taken { .. }) => false,
+    };
+    match decided.all(|(other, _)| is_same(other)) {
+        true => Some(first),
+        false => {
+            let way = Way::Unknown(Doubt::OrderOfRules { priority: rule.priority });
+            Some(Decision::Taken { way, rule, route: None })
+        }
     }
 }
 
@@ -147,6 +176,10 @@ fn try_rule<'a>(observed: &'a Observed, packet: &Packet, rule: &Rule) -> Outcome
     }
     if are_selectors_met == rule.is_inverted {
         return Outcome::NotMatched;
+    }
+    if let Some(target) = rule.goto {
+        let is_target = |other: &Rule| other.family == rule.family && other.priority == target;
+        return if observed.rules.iter().any(is_target) { Outcome::Jumped(target) } else { Outcome::NoTarget };
     }
     let (link, route) = match find_route(observed, packet, rule.table) {
         Ok(None) => return Outcome::NoRoute,

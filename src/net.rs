@@ -220,6 +220,10 @@ pub struct Rule {
     pub is_inverted: bool,
     /// The table looked up; 0 for a rule that does something else.
     pub table: u32,
+    /// It looks nothing up: the rules go on at this priority, if there is one of it. The kernel keeps a table beside it
+    /// without using it; ours have their ENI's, which tells whose they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goto: Option<u32>,
     /// Results with a prefix of this length or shorter are passed over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suppress_prefix_length: Option<u32>,
@@ -227,7 +231,7 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suppress_group: Option<u32>,
     pub protocol: u8,
-    /// It has a part that this type does not hold (ports, user ids, goto …); never one of ours.
+    /// It has a part that this type does not hold (ports, user ids, another action …); never one of ours.
     #[serde(default)]
     pub has_more: bool,
 }

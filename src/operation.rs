@@ -217,6 +217,7 @@ impl fmt::Display for RuleCommand<'_> {
             mark,
             is_inverted,
             table,
+            goto,
             suppress_prefix_length,
             suppress_group,
             protocol,
@@ -243,6 +244,9 @@ impl fmt::Display for RuleCommand<'_> {
             write!(f, " fwmark {value:#x}/{mask:#x}")?;
         }
         write!(f, " lookup {}", table_name(*table))?;
+        if let Some(priority) = goto {
+            write!(f, " goto {priority}")?;
+        }
         if let Some(length) = suppress_prefix_length {
             write!(f, " suppress_prefixlength {length}")?;
         }

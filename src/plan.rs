@@ -2,16 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
-
-use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::desired::{Desired, DesiredEni, DesiredLink, Wanted};
 use crate::eni::{Attached, Eni};
 use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::operation::{LinkChange, LinkRef, Operation};
+use crate::place::{Trouble, TroubleKind, find_link, place};
 use crate::policy;
+use crate::precedence::{Circumstances, OfEni, before_guard, others_between, past_others};
 
 /// What is to be done, in order, and what stands in the way.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -49,50 +48,6 @@ impl Step {
     }
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Trouble {
-    /// The ENI's id.
-    pub eni: String,
-    pub kind: TroubleKind,
-}
-
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum TroubleKind {
-    NoLink { mac: MacAddr },
-    NoAddress { link: String },
-    LinkTwice { mac: MacAddr, links: Vec<String> },
-    LinkTaken { link: String, by: String },
-}
-
-impl TroubleKind {
-    /// Whether waiting may help: the link or the address may be on its way.
-    pub fn may_pass(&self) -> bool {
-        match self {
-            TroubleKind::NoLink { .. } | TroubleKind::NoAddress { .. } => true,
-            TroubleKind::LinkTwice { .. } | TroubleKind::LinkTaken { .. } => false,
-        }
-    }
-}
-
-impl fmt::Display for TroubleKind {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            TroubleKind::NoLink { mac } => {
-                write!(f, "no link with its MAC {mac} (not plugged in yet, or moved to another namespace)")
-            }
-            TroubleKind::NoAddress { link } => {
-                write!(f, "its link {link} is here, but metadata gives it no address yet")
-            }
-            TroubleKind::LinkTwice { mac, links } => {
-                write!(f, "its MAC {mac} is on {}: give all but one another MAC", links.join(" and "))
-            }
-            TroubleKind::LinkTaken { link, by } => {
-                write!(f, "its link {link} is a port of {by}, so whoever made {by} manages it")
-            }
-        }
-    }
-}
-
 /// What is left to be done so that the kernel has what is desired, and no more of ours.
 pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &Config) -> Plan {
     let mut plan = Plan::default();
@@ -124,7 +79,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
-    for (eni, rule) in before_guard(desired, observed, &placed, &keep, config) {
+    for (eni, rule) in plan.because_of_others(desired, observed, &placed, &keep, config) {
         keep.rules.insert(rule.object.clone());
         plan.want_rule(eni, &rule, observed);
     }
@@ -173,112 +128,6 @@ struct Keep {
     addresses: BTreeSet<(u32, Address)>,
     routes: BTreeSet<(Option<u32>, Route)>,
     rules: BTreeSet<Rule>,
-}
-
-/// The ENI's link on this machine. None for an ENI that needs none.
-fn place<'a>(mac: MacAddr, eni: &DesiredEni, observed: &'a Observed) -> Result<Option<&'a Link>, TroubleKind> {
-    match (find_link(mac, observed)?, eni.has_addresses) {
-        (Some(link), true) => Ok(Some(link)),
-        (Some(link), false) => Err(TroubleKind::NoAddress { link: link.name.clone() }),
-        (None, true) => Err(TroubleKind::NoLink { mac }),
-        // EFA-only: it has neither an address nor a link in the guest.
-        (None, false) => Ok(None),
-    }
-}
-
-/// The one link that is this ENI's own, if it is here.
-pub fn find_link(mac: MacAddr, observed: &Observed) -> Result<Option<&Link>, TroubleKind> {
-    let of_mac = |link: &&Link| link.mac == Some(mac) && policy::can_be_eni(link);
-    let links: Vec<&Link> = observed.links.values().filter(of_mac).collect();
-    if let Some((link, controller)) = links.iter().find_map(|link| Some((link, link.controller?))) {
-        let by = observed.links.get(&controller).map_or_else(|| format!("link {controller}"), |link| link.name.clone());
-        return Err(TroubleKind::LinkTaken { link: link.name.clone(), by });
-    }
-    match links.as_slice() {
-        [] => Ok(None),
-        [link] => Ok(Some(link)),
-        links => Err(TroubleKind::LinkTwice { mac, links: links.iter().map(|link| link.name.clone()).collect() }),
-    }
-}
-
-/// The guard rule cannot tell that a link in a foreign group, or of an ENI that is left alone, is an ENI's, and would send other ENIs' traffic by the
-/// routes in `main` by that link. So each such route gets rules before the guard, which send the other ENIs' traffic to
-/// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
-/// for itself before those.
-fn before_guard<'a>(
-    desired: &Desired,
-    observed: &Observed,
-    placed: &BTreeMap<MacAddr, (&'a DesiredEni, &Link)>,
-    keep: &Keep,
-    config: &Config,
-) -> Vec<(Option<&'a DesiredEni>, Wanted<Rule>)> {
-    if desired.rules.is_empty() {
-        return Vec::new();
-    }
-    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
-    let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
-    let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
-    let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
-    let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
-    let mut rules = Vec::new();
-    let routes = main_routes(observed, keep);
-    for (index, route) in &routes {
-        let Some(link) = eni_link(index).filter(is_foreign) else { continue };
-        let destination = route.destination;
-        // A better one by another ENI's link may go with that link; a container's is the one to take.
-        let is_better = |(index, other): &(Option<u32>, Route)| {
-            other.destination == destination && other.metric < route.metric && eni_link(index).is_none()
-        };
-        if routes.iter().any(is_better) {
-            continue;
-        }
-        for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
-            let is_meant = |rule: &&Rule| rule.family == destination.family() && keep.rules.contains(rule);
-            for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
-                let Some(to) = narrower(rule.to, destination) else { continue };
-                let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
-                let priority = policy::priority_before_guard(config, &destination, rank);
-                let rule = Rule { to: Some(to), priority, ..rule.clone() };
-                let why = if is_left_alone(link) { "it is left alone" } else { "it stays in a foreign group" };
-                let reason = format!("not by {}, which main has for {destination}: {why}", link.name);
-                rules.push((Some(*eni), Wanted { object: rule, reason }));
-            }
-        }
-        let inside = |inner: &Route| destination.contains(&inner.destination) && inner.destination != destination;
-        for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
-            let to = inner.destination;
-            let guard = policy::guard_rule(config, to.family());
-            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
-            let reason = format!("no ENI's, though inside {destination} by {}", link.name);
-            rules.push((None, Wanted { object: rule, reason }));
-        }
-    }
-    let mut seen = BTreeSet::new();
-    rules.retain(|(_, rule)| seen.insert(rule.object.clone()));
-    rules
-}
-
-/// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
-/// its link.
-fn main_routes(observed: &Observed, keep: &Keep) -> BTreeSet<(Option<u32>, Route)> {
-    let is_link_local = |route: &Route| match route.destination.addr() {
-        IpAddr::V4(_) => false,
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    };
-    let is_looked_at = |route: &Route| {
-        let length = u32::from(route.destination.prefix_len());
-        route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
-    };
-    observed.routes.union(&keep.routes).filter(|(_, route)| is_looked_at(route)).copied().collect()
-}
-
-/// What two destinations have in common; no limit is everything.
-fn narrower(limit: Option<IpNet>, destination: IpNet) -> Option<IpNet> {
-    match limit {
-        Some(limit) if destination.contains(&limit) => Some(limit),
-        Some(limit) if !limit.contains(&destination) => None,
-        Some(_) | None => Some(destination),
-    }
 }
 
 /// Whether a pending ENI, which keeps all it has, has its route in this one's place in `main`.
@@ -347,6 +196,31 @@ impl Plan {
                 "{name} ({whose}) is in link group {group} and stays there: each route in main by it needs rules of its own, kept as of each run"
             ));
         }
+    }
+
+    /// The rules that follow from what others have configured.
+    fn because_of_others<'b>(
+        &mut self,
+        desired: &Desired,
+        observed: &Observed,
+        placed: &BTreeMap<MacAddr, (&'b DesiredEni, &'b Link)>,
+        keep: &Keep,
+        config: &Config,
+    ) -> Vec<OfEni<'b>> {
+        if desired.rules.is_empty() {
+            return Vec::new();
+        }
+        let Keep { routes, rules, .. } = keep;
+        let circumstances = Circumstances { desired, observed, placed, routes, rules, config };
+        self.notes.extend(others_between(&circumstances).into_iter().map(|rule| {
+            format!(
+                "somebody's rule {} comes between eniup's and takes traffic of ENIs: give it a priority below {}",
+                rule.priority, config.guard_priority
+            )
+        }));
+        let mut rules = before_guard(&circumstances);
+        rules.extend(past_others(&circumstances, &rules));
+        rules
     }
 
     fn want_objects(

@@ -38,6 +38,9 @@ pub const GUARD_PREFIX_LENGTH: u32 = 7;
 /// The table that unbound traffic uses: `RT_TABLE_MAIN`.
 pub const MAIN_TABLE: u32 = 254;
 
+/// The table of this machine's own addresses: `RT_TABLE_LOCAL`.
+pub const LOCAL_TABLE: u32 = 255;
+
 /// What the kernel has in `main` for every link with IPv6.
 pub const IPV6_LINK_LOCAL: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 64));
 
@@ -179,6 +182,7 @@ pub fn rule(config: &Config, family: Family, priority: u32, table: u32) -> Rule 
         mark: None,
         is_inverted: false,
         table,
+        goto: None,
         suppress_prefix_length: None,
         suppress_group: None,
         protocol: config.mark,
@@ -209,6 +213,13 @@ pub fn priority_before_guard(config: &Config, route: &IpNet, rank: u32) -> u32 {
     config.guard_priority.saturating_sub(3 * (u32::from(route.prefix_len()) + 1) - rank)
 }
 
+/// What others have for specific destinations, for traffic that went past their rules: after the guard rule and before all
+/// source rules, in the order of theirs.
+pub fn priority_after_guard(config: &Config, n: usize) -> u32 {
+    let last = config.table_base.saturating_sub(1).max(config.guard_priority);
+    u32::try_from(n).map_or(last, |n| config.guard_priority.saturating_add(1 + n).min(last))
+}
+
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.
 pub fn bound_rule(config: &Config, link_name: &str, family: Family, table: u32) -> Rule {
     Rule { oif: Some(link_name.into()), ..rule(config, family, table, table) }
@@ -224,9 +235,9 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
     route.protocol == config.mark && !matches!(route.kind, RouteKind::Other(_))
 }
 
-/// Our mark, and nothing of what our rules never have.
+/// Our mark, and nothing that our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
-    rule.protocol == config.mark && rule.mark.is_none() && !rule.is_inverted && !rule.has_more
+    rule.protocol == config.mark && !rule.has_more
 }
 
 /// Whether the kernel is still busy with an address of ours. It acknowledges an IPv6 address and finishes it later, on a

@@ -51,7 +51,9 @@ layouts! {
     static_routes = "static-routes";
     openvpn = "openvpn";
     wg_quick = "wg-quick";
+    wg_quick_before = "wg-quick-before";
     tailscale = "tailscale";
+    tailscale_exit_node = "tailscale-exit-node";
     swapped_roles = "swapped-roles";
     overlapping_vpc = "overlapping-vpc";
     one_eni = "one-eni";

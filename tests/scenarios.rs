@@ -388,7 +388,7 @@ proptest! {
         prop_assert_eq!(plan_for(&attached, &observed).steps, []);
         assert_foreign_untouched(&before, &observed, &snapshot.to_string());
         for (mac, eni) in &attached.ready {
-            let link = eniup::plan::find_link(*mac, &observed).unwrap().map(|link| link.index);
+            let link = eniup::place::find_link(*mac, &observed).unwrap().map(|link| link.index);
             for (_, source, rule) in first_rules(&attached, &observed).into_iter().filter(|(of, ..)| *of == eni) {
                 // By its own table, or one from before a change that leads to the same link.
                 let leads_elsewhere = |rule: &&Rule| {

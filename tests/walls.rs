@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 23] = [
+const FLOW: [&str; 25] = [
     "net",
     "config",
     "eni",
@@ -16,6 +16,8 @@ const FLOW: [&str; 23] = [
     "cover",
     "desired",
     "operation",
+    "place",
+    "precedence",
     "plan",
     "fib",
     "ledger",
@@ -32,7 +34,7 @@ const FLOW: [&str; 23] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 14] = [
+const PURE: [&str; 16] = [
     "net",
     "config",
     "eni",
@@ -43,6 +45,8 @@ const PURE: [&str; 14] = [
     "cover",
     "desired",
     "operation",
+    "place",
+    "precedence",
     "plan",
     "fib",
     "release",

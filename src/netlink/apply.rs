@@ -268,6 +268,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
         mark,
         is_inverted,
         table,
+        goto,
         suppress_prefix_length,
         suppress_group,
         protocol,
@@ -276,7 +277,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = kernel_family(*family);
     // Without an action the rule is installed dead.
-    message.header.action = RuleAction::ToTable;
+    message.header.action = if goto.is_some() { RuleAction::Goto } else { RuleAction::ToTable };
     message.header.flags.set(RuleFlags::Invert, *is_inverted);
     if let Some(from) = from {
         message.header.src_len = from.prefix_len();
@@ -295,6 +296,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     if let Some(Mark { value, mask }) = mark {
         message.attributes.extend([RuleAttribute::FwMark(*value), RuleAttribute::FwMask(*mask)]);
     }
+    message.attributes.extend(goto.map(RuleAttribute::Goto));
     message.attributes.extend(suppress_prefix_length.map(RuleAttribute::SuppressPrefixLen));
     message.attributes.extend(suppress_group.map(RuleAttribute::SuppressIfGroup));
     message

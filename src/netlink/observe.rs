@@ -221,10 +221,11 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
         mark: None,
         is_inverted: header.flags.contains(RuleFlags::Invert),
         table: u32::from(header.table),
+        goto: None,
         suppress_prefix_length: None,
         suppress_group: None,
         protocol: 0,
-        has_more: header.action != RuleAction::ToTable || header.tos != 0,
+        has_more: ![RuleAction::ToTable, RuleAction::Goto].contains(&header.action) || header.tos != 0,
     };
     let (mut mark, mut mask) = (0, 0);
     for attribute in &message.attributes {
@@ -238,6 +239,7 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
             // -1 means that none was given; the kernel sends it for rules that look up a table.
             RuleAttribute::SuppressPrefixLen(length) => rule.suppress_prefix_length = some_unless_minus_one(*length),
             RuleAttribute::SuppressIfGroup(group) => rule.suppress_group = some_unless_minus_one(*group),
+            RuleAttribute::Goto(priority) => rule.goto = Some(*priority),
             RuleAttribute::Protocol(protocol) => rule.protocol = (*protocol).into(),
             RuleAttribute::FwMark(value) => mark = *value,
             RuleAttribute::FwMask(value) => mask = *value,

@@ -106,6 +106,8 @@ struct Rule {
     table: u32,
     suppress_prefix_length: Option<u32>,
     suppress_group: Option<u32>,
+    /// How far on it jumps instead of looking up.
+    jump: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -156,11 +158,13 @@ fn rule() -> impl Strategy<Value = Rule> {
         prop_oneof![6 => select(&TABLES[..]), 1 => Just(9999)],
         prop::option::weighted(0.25, select(&[0u32, 7, 16, 24, 64][..])),
         prop::option::weighted(0.25, select(&[7u32, 20000][..])),
+        // Mostly there is no rule so far on; 19900 and 24001 are far on from everywhere.
+        prop::option::weighted(0.15, prop_oneof![1 => 1..2000u32, 2 => Just(19900), 2 => Just(24001)]),
     );
     // 19900 and 24001 come more than once.
     let priority = prop_oneof![1 => Just(19900u32), 1 => Just(24001), 8 => 10..32000u32];
     (0..2usize, priority, selectors, action).prop_map(
-        |(family, priority, (from, to, iif, oif, mark, is_inverted), (table, length, group))| Rule {
+        |(family, priority, (from, to, iif, oif, mark, is_inverted), (table, length, group, jump))| Rule {
             family,
             priority,
             is_inverted,
@@ -172,6 +176,9 @@ fn rule() -> impl Strategy<Value = Rule> {
             table,
             suppress_prefix_length: length,
             suppress_group: group,
+            jump: jump
+                .map(|jump| if jump < 19900 { priority + jump } else { jump })
+                .filter(|target| *target > priority),
         },
     )
 }
@@ -269,7 +276,7 @@ impl Route {
 impl Rule {
     /// The kernel takes a rule without `from`, `to` or `not` for the same as one that has them and is as this one else.
     fn key(&self) -> String {
-        Rule { from: None, to: None, is_inverted: false, ..self.clone() }.line()
+        Rule { from: None, to: None, is_inverted: false, jump: self.jump.map(|_| 0), ..self.clone() }.line()
     }
 
     fn line(&self) -> String {
@@ -280,6 +287,9 @@ impl Rule {
         line += &format!(" from {} priority {} table {}", self.from.unwrap_or("all"), self.priority, self.table);
         for (word, value) in [("to", self.to), ("iif", self.iif), ("oif", self.oif), ("fwmark", self.mark)] {
             line.extend(value.map(|value| format!(" {word} {value}")));
+        }
+        if let Some(target) = self.jump {
+            return format!("{line} goto {target}");
         }
         line.extend(self.suppress_prefix_length.map(|length| format!(" suppress_prefixlength {length}")));
         line.extend(self.suppress_group.map(|group| format!(" suppress_ifgroup {group}")));

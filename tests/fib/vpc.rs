@@ -58,7 +58,15 @@ pub struct Others {
     has_bridge_in_vpc: bool,
     has_openvpn: bool,
     has_wireguard: bool,
+    /// It was started after eniup, so that its rules come before.
+    is_wireguard_before: bool,
+    /// Its rule for what is specific in `main` is missing, as with other tunnels of its manner.
+    is_wireguard_alone: bool,
     has_tailscale: bool,
+    /// Tailscale has everything by the tunnel.
+    has_exit_node: bool,
+    /// Somebody has said for one destination and for one mark what is to become of it, early on.
+    has_early_rules: bool,
     has_unreachable: bool,
 }
 
@@ -78,9 +86,18 @@ pub fn others() -> impl Strategy<Value = Others> {
     let flags = |probability| prop::collection::vec(prop::bool::weighted(probability), 6);
     let defaults = prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 6);
     let routes = (prop::option::weighted(0.5, 0..6usize), prop::option::weighted(0.3, 0..6usize));
-    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 6]>()).prop_map(
+    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 10]>()).prop_map(
         |(is_in_a_group, is_connected, has_default, (vpc_by, peer_by), flags)| {
-            let [has_bridge, has_bridge_in_vpc, has_openvpn, has_wireguard, has_tailscale, has_unreachable] = flags;
+            let [
+                has_bridge,
+                has_bridge_in_vpc,
+                has_openvpn,
+                has_wireguard,
+                is_wireguard_before,
+                is_wireguard_alone,
+                ..,
+            ] = flags;
+            let [.., has_tailscale, has_exit_node, has_early_rules, has_unreachable] = flags;
             Others {
                 is_in_a_group,
                 is_connected,
@@ -91,7 +108,11 @@ pub fn others() -> impl Strategy<Value = Others> {
                 has_bridge_in_vpc,
                 has_openvpn,
                 has_wireguard,
+                is_wireguard_before,
+                is_wireguard_alone,
                 has_tailscale,
+                has_exit_node,
+                has_early_rules,
                 has_unreachable,
             }
         },
@@ -358,16 +379,35 @@ impl Host {
         self.destination(pick("10.8.0.9", "fd00:8::9"), by(others.has_openvpn, TUNNEL));
         if others.has_wireguard {
             // wg-quick: everything that is not the tunnel's own by the tunnel, but for specific routes of main.
-            self.rule(family, 32_764, main, |rule| Rule { suppress_prefix_length: Some(0), ..rule });
+            // The kernel gives rules without a priority the one before the first there is.
+            let first = if others.is_wireguard_before { policy::GUARD_PRIORITY } else { 32_766 };
+            // The guard, and what comes before it, is for all traffic: behind those it finds `main`'s specific routes taken.
+            let is_behind = !others.is_wireguard_before || others.has_bridge_in_vpc;
+            if !others.is_wireguard_alone || is_behind {
+                self.rule(family, first - 2, main, |rule| Rule { suppress_prefix_length: Some(0), ..rule });
+            }
             let mark = eniup::net::Mark { value: 51_820, mask: u32::MAX };
-            self.rule(family, 32_765, 51_820, |rule| Rule { mark: Some(mark), is_inverted: true, ..rule });
+            self.rule(family, first - 1, 51_820, |rule| Rule { mark: Some(mark), is_inverted: true, ..rule });
             self.route(TUNNEL, &family.everything().to_string(), None, 51_820, 0);
+            self.route(TUNNEL, pick("10.9.0.0/24", "fd00:9::/64"), None, 51_820, 0);
         }
+        self.destination(pick("10.9.0.9", "fd00:9::9"), by(others.has_wireguard && others.is_wireguard_before, TUNNEL));
+        if others.has_early_rules {
+            let to = Some(net(pick("198.51.100.0/24", "2001:db8:c0::/48")));
+            self.rule(family, 6000, 100, |rule| Rule { to, ..rule });
+            let mark = Some(eniup::net::Mark { value: 51_820, mask: u32::MAX });
+            self.rule(family, 6001, 100, |rule| Rule { mark, ..rule });
+            self.route(TUNNEL, &family.everything().to_string(), None, 100, 0);
+        }
+        self.destination(pick("198.51.100.9", "2001:db8:c0::9"), by(others.has_early_rules, TUNNEL));
         if others.has_tailscale {
             let mark = Some(eniup::net::Mark { value: 0x80000, mask: 0xff0000 });
             self.rule(family, 5210, main, |rule| Rule { mark, ..rule });
             self.rule(family, 5270, 52, |rule| rule);
             self.route(TUNNEL, pick("100.64.0.0/10", "fd7a:115c::/48"), None, 52, 0);
+            if others.has_exit_node {
+                self.route(TUNNEL, &family.everything().to_string(), None, 52, 0);
+            }
         }
         self.destination(pick("100.64.0.9", "fd7a:115c::9"), by(others.has_tailscale, TUNNEL));
         if others.has_unreachable {

@@ -19,7 +19,7 @@ use eniup::config::{self, Config};
 use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::metadata::{self, Tree};
-use eniup::net::{Address, MacAddr, Observed, Route, RouteKind};
+use eniup::net::{Address, MacAddr, Observed, Route, RouteKind, Rule};
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, fresh_machine, plan};
 use eniup::policy;
@@ -57,6 +57,7 @@ pub struct Machine {
     pub main: BTreeMap<MacAddr, Vec<ipnet::IpNet>>,
     /// Networks of containers: routes in `main` by a bridge.
     pub bridge: Vec<ipnet::IpNet>,
+    pub rules: Vec<Rule>,
 }
 
 pub fn read_tree(path: &Path) -> Result<Tree> {
@@ -187,6 +188,7 @@ impl Scenario {
             let index = link(observed, *mac).index;
             observed.routes.extend(nets.iter().map(|net| (Some(index), foreign_route(*net))));
         }
+        observed.rules.extend(machine.rules.iter().cloned());
         observed.routes.extend(machine.bridge.iter().map(|net| (Some(95), foreign_route(*net))));
     }
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use eniup::eni::Attached;
 use eniup::net::Observed;
 use eniup::netlink::Netlink;
+use eniup::operation::Operation;
 
 use super::Scenario;
 use super::machine::{self, Machine, dump, ip};
@@ -48,6 +49,7 @@ fn changes(machine: &Machine, scenario: &Scenario) -> Vec<String> {
         mtu,
         main,
         bridge,
+        rules,
     } = &scenario.machine;
     let links = &machine.links;
     let present = |mac| links.get(mac).into_iter();
@@ -90,6 +92,10 @@ fn changes(machine: &Machine, scenario: &Scenario) -> Vec<String> {
     }
     for mac in macvlan {
         commands.push(format!("link add link {} name other0 address {mac} type macvlan", links[mac]));
+    }
+    for rule in rules {
+        let command = Operation::AddRule { rule: rule.clone() }.to_string();
+        commands.push(command.trim_start_matches("ip ").to_string());
     }
     for (mac, name) in rename {
         commands.extend([format!("link set {} down", links[mac]), format!("link set {} name {name}", links[mac])]);

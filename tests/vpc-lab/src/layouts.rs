@@ -31,7 +31,7 @@ pub struct Stage {
 }
 
 /// All layouts, in the order of the table.
-pub const LAYOUTS: [Layout; 24] = [
+pub const LAYOUTS: [Layout; 26] = [
     Layout { name: "distinct-subnets", about: "every ENI has a subnet to itself", build: distinct_subnets },
     Layout { name: "one-shared-subnet", about: "all ENIs are in the primary's subnet", build: one_shared_subnet },
     Layout { name: "two-of-three-share", about: "two secondary ENIs share a subnet", build: two_of_three_share },
@@ -71,7 +71,13 @@ pub const LAYOUTS: [Layout; 24] = [
     },
     Layout { name: "openvpn", about: "halves of the internet in main", build: openvpn },
     Layout { name: "wg-quick", about: "a full tunnel by a rule after ours", build: wg_quick },
+    Layout { name: "wg-quick-before", about: "a full tunnel by a rule before ours", build: wg_quick_before },
     Layout { name: "tailscale", about: "a tunnel's routes by a rule before ours", build: tailscale },
+    Layout {
+        name: "tailscale-exit-node",
+        about: "a full tunnel by a rule before ours, metadata behind it",
+        build: tailscale_exit_node,
+    },
     Layout {
         name: "swapped-roles",
         about: "two instances, each secondary in the other's subnet",
@@ -521,6 +527,15 @@ fn keep_metadata_outside(builder: &Builder) -> Result<()> {
 }
 
 fn wg_quick(eniup: &Path) -> Result<Stage> {
+    wireguard(eniup, 32_766)
+}
+
+/// The kernel gives rules without a priority the one before the first there is, which is the guard's once eniup has run.
+fn wg_quick_before(eniup: &Path) -> Result<Stage> {
+    wireguard(eniup, 19_900)
+}
+
+fn wireguard(eniup: &Path, first_priority: u32) -> Result<Stage> {
     const TABLE: u32 = 51_820;
     let mut builder = three_enis(eniup, Distribution::Primary)?;
     tunnel(&mut builder, "10.8.0.2/24".parse()?, Ipv4Addr::new(10, 8, 0, 1))?;
@@ -529,9 +544,9 @@ fn wg_quick(eniup: &Path) -> Result<Stage> {
             let gateway: IpAddr = if is_ipv6 { "fd08::1".parse()? } else { "10.8.0.1".parse()? };
             let route = Route::new(everything(gateway), Some(gateway), "tun0");
             kernel::add_route(&Route { table: TABLE, ..route })?;
-            let main = Rule::new(is_ipv6, 32_764, kernel::MAIN);
+            let main = Rule::new(is_ipv6, first_priority - 2, kernel::MAIN);
             kernel::add_rule(&Rule { suppress_prefix_length: Some(0), ..main })?;
-            let tunnel = Rule::new(is_ipv6, 32_765, TABLE);
+            let tunnel = Rule::new(is_ipv6, first_priority - 1, TABLE);
             kernel::add_rule(&Rule { mark: Some((0xca6c, u32::MAX)), is_inverted: true, ..tunnel })?;
         }
         Ok(())
@@ -541,6 +556,14 @@ fn wg_quick(eniup: &Path) -> Result<Stage> {
 }
 
 fn tailscale(eniup: &Path) -> Result<Stage> {
+    tailscaled(eniup, false)?.stage()
+}
+
+fn tailscale_exit_node(eniup: &Path) -> Result<Stage> {
+    governed(tailscaled(eniup, true)?)
+}
+
+fn tailscaled(eniup: &Path, has_exit_node: bool) -> Result<Builder> {
     const TABLE: u32 = 52;
     /// What tailscaled marks its own packets with.
     const MARK: (u32, u32) = (0x80000, 0xff0000);
@@ -553,12 +576,13 @@ fn tailscale(eniup: &Path) -> Result<Stage> {
             }
             kernel::add_rule(&Rule::new(is_ipv6, 5270, TABLE))?;
         }
-        for net in ["100.64.0.1/32", "100.100.100.100/32", "192.168.99.0/24"] {
+        let everything: &[&str] = if has_exit_node { &["0.0.0.0/0", "::/0"] } else { &[] };
+        for net in ["100.64.0.1/32", "100.100.100.100/32", "192.168.99.0/24"].iter().chain(everything) {
             kernel::add_route(&Route { table: TABLE, ..Route::new(net.parse()?, None, "tun0") })?;
         }
         Ok(())
     })?;
-    builder.stage()
+    Ok(builder)
 }
 
 fn swapped_roles(eniup: &Path) -> Result<Stage> {

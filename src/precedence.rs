@@ -1,0 +1,212 @@
+//! Rules that follow from what others have configured: what has to be tried before the guard rule, because of routes that
+//! it would take wrongly, and the way past rules of others that come before all of ours.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::config::Config;
+use crate::desired::{Desired, DesiredEni, Wanted};
+use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, Rule};
+use crate::place::find_link;
+use crate::policy;
+
+/// What is there, and what is wanted without these rules.
+pub struct Circumstances<'a, 'b> {
+    pub desired: &'a Desired,
+    pub observed: &'a Observed,
+    /// The ENIs that have their links here.
+    pub placed: &'a BTreeMap<MacAddr, (&'b DesiredEni, &'b Link)>,
+    /// By link index, as in `Observed`.
+    pub routes: &'a BTreeSet<(Option<u32>, Route)>,
+    pub rules: &'a BTreeSet<Rule>,
+    pub config: &'a Config,
+}
+
+/// A rule, and the ENI that it is for; none: for all traffic.
+pub type OfEni<'a> = (Option<&'a DesiredEni>, Wanted<Rule>);
+
+/// The guard rule cannot tell that a link in a foreign group, or of an ENI that is left alone, is an ENI's, and would send
+/// other ENIs' traffic by the routes in `main` by that link. So each such route gets rules before the guard, which send the other ENIs' traffic to
+/// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
+/// for itself before those.
+pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
+    let Circumstances { desired, observed, placed, routes, rules: wanted, config } = circumstances;
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
+    let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
+    let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
+    let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
+    let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
+    let mut rules = Vec::new();
+    let routes = main_routes(observed, routes);
+    for (index, route) in &routes {
+        let Some(link) = eni_link(index).filter(is_foreign) else { continue };
+        let destination = route.destination;
+        // A better one by another ENI's link may go with that link; a container's is the one to take.
+        let is_better = |(index, other): &(Option<u32>, Route)| {
+            other.destination == destination && other.metric < route.metric && eni_link(index).is_none()
+        };
+        if routes.iter().any(is_better) {
+            continue;
+        }
+        for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
+            let is_meant = |rule: &&Rule| rule.family == destination.family() && wanted.contains(rule);
+            for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
+                let Some(to) = narrower(rule.to, destination) else { continue };
+                let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
+                let priority = policy::priority_before_guard(config, &destination, rank);
+                let rule = Rule { to: Some(to), priority, ..rule.clone() };
+                let why = if is_left_alone(link) { "it is left alone" } else { "it stays in a foreign group" };
+                let reason = format!("not by {}, which main has for {destination}: {why}", link.name);
+                rules.push((Some(*eni), Wanted { object: rule, reason }));
+            }
+        }
+        let inside = |inner: &Route| destination.contains(&inner.destination) && inner.destination != destination;
+        for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
+            let to = inner.destination;
+            let guard = policy::guard_rule(config, to.family());
+            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
+            let reason = format!("no ENI's, though inside {destination} by {}", link.name);
+            rules.push((None, Wanted { object: rule, reason }));
+        }
+    }
+    let mut seen = BTreeSet::new();
+    rules.retain(|(_, rule)| seen.insert(rule.object.clone()));
+    rules
+}
+
+/// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
+/// its link.
+fn main_routes(observed: &Observed, wanted: &BTreeSet<(Option<u32>, Route)>) -> BTreeSet<(Option<u32>, Route)> {
+    let is_link_local = |route: &Route| match route.destination.addr() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    let is_looked_at = |route: &Route| {
+        let length = u32::from(route.destination.prefix_len());
+        route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
+    };
+    observed.routes.union(wanted).filter(|(_, route)| is_looked_at(route)).copied().collect()
+}
+
+/// What two destinations have in common; no limit is everything.
+fn narrower(limit: Option<IpNet>, destination: IpNet) -> Option<IpNet> {
+    match limit {
+        Some(limit) if destination.contains(&limit) => Some(limit),
+        Some(limit) if !limit.contains(&destination) => None,
+        Some(_) | None => Some(destination),
+    }
+}
+
+/// The way past rules of others that come before ours and would take what is an ENI's: full tunnels (wg-quick that started
+/// after eniup, Tailscale with an exit node). Right before such a rule the ENIs' traffic goes on to the first rule of ours
+/// behind it; and what was passed by is tried once more after the guard rule, as far as it is for specific destinations.
+///
+/// What a rule's table has at the moment does not matter: an exit node is a route that comes and goes.
+pub fn past_others<'b>(circumstances: &Circumstances<'_, 'b>, before_guard: &[OfEni<'b>]) -> Vec<OfEni<'b>> {
+    let config = circumstances.config;
+    let mut rules = Vec::new();
+    for family in Family::BOTH {
+        let others = others_before_guard(circumstances, family);
+        let sources = source_rules(circumstances, family);
+        let mut ways_past = Vec::new();
+        let mut passed = BTreeSet::new();
+        let mut reached = 0;
+        for taking in others.iter().filter(|rule| may_take_everything(rule) && !sources.is_empty()) {
+            let is_free = |priority: &u32| others.iter().all(|other| other.priority != *priority);
+            let Some(priority) = (1..taking.priority).rev().find(is_free) else { continue };
+            if taking.priority < reached {
+                continue;
+            }
+            let ours = before_guard.iter().map(|(_, rule)| &rule.object).filter(|rule| rule.family == family);
+            let behind = ours.map(|rule| rule.priority).filter(|priority| *priority > taking.priority);
+            reached = behind.min().unwrap_or(config.guard_priority);
+            ways_past.extend(sources.iter().map(|(eni, rule)| {
+                let object = Rule { priority, goto: Some(reached), ..(*rule).clone() };
+                let reason = format!("not by somebody's rule {}, which takes everything", taking.priority);
+                (Some(*eni), Wanted { object, reason })
+            }));
+            passed.extend(others.iter().filter(|other| (priority..reached).contains(&other.priority)));
+        }
+        let parts = passed.into_iter().filter_map(|other| Some((other, specific_part(other, &sources, config)?)));
+        // They have to be there when the first packet comes.
+        rules.extend(parts.enumerate().map(|(n, (other, rule))| {
+            let reason =
+                format!("what somebody's rule {} has for certain destinations holds for ENIs, too", other.priority);
+            (None, Wanted { object: Rule { priority: policy::priority_after_guard(config, n), ..rule }, reason })
+        }));
+        rules.extend(ways_past);
+    }
+    rules
+}
+
+/// Rules of others among ours that may take what is an ENI's; nothing is done about them.
+pub fn others_between<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<&'a Rule> {
+    let Circumstances { observed, rules, config, .. } = circumstances;
+    let last = |family| rules.iter().filter(|rule| rule.family == family).map(|rule| rule.priority).max().unwrap_or(0);
+    let is_between = |rule: &&Rule| (config.guard_priority..last(rule.family)).contains(&rule.priority);
+    let others = observed.rules.iter().filter(|rule| !policy::owns_rule(config, rule) && may_take_everything(rule));
+    others.filter(is_between).collect()
+}
+
+fn others_before_guard<'a>(circumstances: &Circumstances<'a, '_>, family: Family) -> Vec<&'a Rule> {
+    let Circumstances { observed, config, .. } = circumstances;
+    let of_family = observed.rules.iter().filter(|rule| rule.family == family);
+    of_family.filter(|rule| rule.priority < config.guard_priority && !policy::owns_rule(config, rule)).collect()
+}
+
+/// The rules that lead the traffic of the ENIs that are here to their own tables.
+fn source_rules<'a, 'b>(circumstances: &Circumstances<'a, 'b>, family: Family) -> Vec<(&'b DesiredEni, &'b Rule)> {
+    let of_eni = |(eni, _): &(&'b DesiredEni, &'b Link)| -> Vec<(&'b DesiredEni, &'b Rule)> {
+        let eni = *eni;
+        // Those to the last resort say the same once more.
+        let rules = eni.rules.iter().map(|rule| &rule.object).filter(|rule| rule.table == eni.table);
+        rules
+            .filter(|rule| rule.family == family && circumstances.rules.contains(*rule))
+            .map(|rule| (eni, rule))
+            .collect()
+    };
+    circumstances.placed.values().flat_map(of_eni).collect()
+}
+
+/// Whether packets that nobody marked, from an ENI's address to anywhere, may match it and be sent elsewhere. Rules for
+/// certain sources or destinations are somebody's express wish.
+fn may_take_everything(rule: &Rule) -> bool {
+    let is_for_us = rule.mark.is_none_or(|mark| mark.value & mark.mask == 0)
+        && rule.iif.as_ref().is_none_or(|iif| iif == "lo")
+        && rule.oif.is_none();
+    let is_matching = match rule.is_inverted {
+        false => is_for_us && is_short(rule.from) && is_short(rule.to),
+        true => !is_for_us || rule.from.is_some() || rule.to.is_some() || rule.has_more,
+    };
+    let is_way_out = rule.goto.is_some() || ![0, policy::LOCAL_TABLE].contains(&rule.table);
+    is_matching && is_way_out && rule.suppress_prefix_length.is_none_or(|length| length < policy::GUARD_PREFIX_LENGTH)
+}
+
+fn is_short(net: Option<IpNet>) -> bool {
+    net.is_none_or(|net| u32::from(net.prefix_len()) <= policy::GUARD_PREFIX_LENGTH)
+}
+
+/// As much of somebody's rule as holds for the ENIs' traffic, too: its table's specific routes by what is no ENI's link, as
+/// the guard rule has it for `main`; all of it if the rule itself is for certain sources or destinations.
+fn specific_part(rule: &Rule, sources: &[(&DesiredEni, &Rule)], config: &Config) -> Option<Rule> {
+    let is_general = rule.is_inverted || is_short(rule.from) && is_short(rule.to);
+    let meets = |from: IpNet| sources.iter().filter_map(|(_, source)| source.from).any(|own| overlap(own, from));
+    let is_ours = policy::MAIN_TABLE == rule.table && is_general;
+    // What is not known in full cannot be said again.
+    if rule.has_more || rule.goto.is_some() || is_ours || !rule.is_inverted && !rule.from.is_none_or(meets) {
+        return None;
+    }
+    let rule = Rule { protocol: config.mark, ..rule.clone() };
+    if !is_general || rule.table == policy::LOCAL_TABLE {
+        return Some(rule);
+    }
+    let length = rule.suppress_prefix_length.unwrap_or(0).max(policy::GUARD_PREFIX_LENGTH);
+    let suppress_group = rule.suppress_group.or(Some(config.link_group));
+    Some(Rule { suppress_prefix_length: Some(length), suppress_group, ..rule })
+}
+
+fn overlap(one: IpNet, other: IpNet) -> bool {
+    one.contains(&other) || other.contains(&one)
+}
