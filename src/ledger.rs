@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -135,9 +137,30 @@ fn path(directory: &Path) -> PathBuf {
 /// This boot and network namespace; none when that cannot be told, and then no ledger is known to be of it.
 fn boot() -> Option<String> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let namespace = fs::read_link("/proc/thread-self/ns/net").ok()?;
-    Some(format!("{} {}", boot.trim(), namespace.display()))
+    let namespace = match namespace_cookie() {
+        Some(cookie) => format!("net:{cookie}"),
+        None => fs::read_link("/proc/thread-self/ns/net").ok()?.display().to_string(),
+    };
+    Some(format!("{} {namespace}", boot.trim()))
 }
+
+/// The number that the kernel gives to one network namespace and never again; none before Linux 5.14. The number of its
+/// inode, as `/proc` shows it, is given to the next one as soon as a namespace is gone.
+fn namespace_cookie() -> Option<u64> {
+    // Of a family that services are allowed anyway.
+    let socket = UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, which is what `cookie` has.
+    let result = unsafe {
+        let value = std::ptr::from_mut(&mut cookie).cast();
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, value, &mut length)
+    };
+    (result == 0).then_some(cookie)
+}
+
+/// Of `linux/socket.h`, on every architecture that EC2 has.
+const SO_NETNS_COOKIE: libc::c_int = 71;
 
 fn empty() -> Ledger {
     Ledger { version: VERSION, boot: boot().unwrap_or_default(), ..Ledger::default() }
