@@ -81,30 +81,55 @@ mod tests {
         assert_eq!(exact(&own), nets(&["10.0.1.4/31", "10.0.1.7/32"]));
     }
 
-    /// Hosts of 10.9.8.0/24 given to "own", "other" or neither.
-    fn split_hosts() -> impl Strategy<Value = (Vec<IpNet>, Vec<IpNet>)> {
-        prop::collection::vec(0..3u8, 256).prop_map(|owners| {
-            let host = |n: usize| IpNet::from(std::net::IpAddr::from([10, 9, 8, n as u8]));
-            let of =
-                |owner: u8| owners.iter().enumerate().filter(|(_, o)| **o == owner).map(|(n, _)| host(n)).collect();
-            (of(1), of(2))
+    const SUBNETS: [&str; 6] =
+        ["10.9.8.0/24", "10.9.0.0/16", "10.9.8.48/28", "2001:db8:9:8::/64", "2001:db8:9::/56", "2001:db8:9:8::/124"];
+
+    /// What is inside a subnet, single addresses and delegated prefixes, given to "own" or "other"; none overlap.
+    fn split_subnet() -> impl Strategy<Value = (IpNet, Vec<IpNet>, Vec<IpNet>)> {
+        let sources = prop::collection::vec((any::<u128>(), 0..5u8, 0..2usize), 0..200);
+        (prop::sample::select(&SUBNETS[..]), sources).prop_map(|(subnet, sources)| {
+            let subnet: IpNet = subnet.parse().unwrap();
+            let mut split = [Vec::new(), Vec::new()];
+            for (bits, rank, owner) in sources {
+                let source = inside(subnet, bits, rank);
+                if !split.iter().flatten().any(|taken| overlap(taken, &source)) {
+                    split[owner].push(source);
+                }
+            }
+            let [own, others] = split;
+            (subnet, own, others)
         })
+    }
+
+    /// Addresses mostly, near to each other half of the time.
+    fn inside(subnet: IpNet, bits: u128, rank: u8) -> IpNet {
+        let width = subnet.family().bits();
+        let free = u32::from(width - subnet.prefix_len());
+        let host = if bits & 1 == 0 { bits >> 1 & 0xff } else { bits >> 1 } & ((1 << free) - 1);
+        let delegated = if width == 32 { 28 } else { 80 };
+        let length = if rank == 0 && delegated > subnet.prefix_len() { delegated } else { width };
+        let address: std::net::IpAddr = match subnet.network() {
+            std::net::IpAddr::V4(base) => std::net::Ipv4Addr::from(u32::from(base) | host as u32).into(),
+            std::net::IpAddr::V6(base) => std::net::Ipv6Addr::from(u128::from(base) | host).into(),
+        };
+        IpNet::new(address, length).unwrap().trunc()
     }
 
     proptest! {
         #[test]
-        fn a_cover_holds_all_of_its_own_and_nothing_of_the_others((own, others) in split_hosts()) {
-            let prefixes = cover(&own, &others, "10.9.8.0/24".parse().unwrap());
+        fn a_cover_holds_all_of_its_own_and_nothing_of_the_others((subnet, own, others) in split_subnet()) {
+            let prefixes = cover(&own, &others, subnet);
             for source in &own {
                 prop_assert_eq!(prefixes.iter().filter(|prefix| prefix.contains(source)).count(), 1);
             }
             for other in &others {
-                prop_assert!(!prefixes.iter().any(|prefix| prefix.contains(other)));
+                prop_assert!(!prefixes.iter().any(|prefix| overlap(prefix, other)));
             }
-            // Each is as large as can be: its parent would hold one of the others, or is the subnet's own parent.
+            // Each is as large as can be: its parent would hold one of the others, or is the subnet's own parent. None
+            // overlap, so no smaller set does it.
             for prefix in &prefixes {
                 let parent = prefix.supernet().unwrap();
-                prop_assert!(parent.prefix_len() < 24 || others.iter().any(|other| parent.contains(other)));
+                prop_assert!(parent.prefix_len() < subnet.prefix_len() || others.iter().any(|other| overlap(&parent, other)));
             }
         }
     }

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::config::Config;
+use crate::cover::overlap;
 use crate::desired::{Desired, DesiredEni, Wanted};
 use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, Rule};
 use crate::place::find_link;
@@ -192,7 +193,7 @@ fn is_short(net: Option<IpNet>) -> bool {
 /// the guard rule has it for `main`; all of it if the rule itself is for certain sources or destinations.
 fn specific_part(rule: &Rule, sources: &[(&DesiredEni, &Rule)], config: &Config) -> Option<Rule> {
     let is_general = rule.is_inverted || is_short(rule.from) && is_short(rule.to);
-    let meets = |from: IpNet| sources.iter().filter_map(|(_, source)| source.from).any(|own| overlap(own, from));
+    let meets = |from: IpNet| sources.iter().filter_map(|(_, source)| source.from).any(|own| overlap(&own, &from));
     let is_ours = policy::MAIN_TABLE == rule.table && is_general;
     // What is not known in full cannot be said again.
     if rule.has_more || rule.goto.is_some() || is_ours || !rule.is_inverted && !rule.from.is_none_or(meets) {
@@ -205,8 +206,4 @@ fn specific_part(rule: &Rule, sources: &[(&DesiredEni, &Rule)], config: &Config)
     let length = rule.suppress_prefix_length.unwrap_or(0).max(policy::GUARD_PREFIX_LENGTH);
     let suppress_group = rule.suppress_group.or(Some(config.link_group));
     Some(Rule { suppress_prefix_length: Some(length), suppress_group, ..rule })
-}
-
-fn overlap(one: IpNet, other: IpNet) -> bool {
-    one.contains(&other) || other.contains(&one)
 }
