@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,9 +15,13 @@ use crate::config::{self, Config, File, Settings};
 use crate::config_files::{self, Places};
 use crate::desired::desired;
 use crate::eni::Attached;
+use crate::explain::{self, Explanation, Known, Said};
+use crate::fib::Packet;
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::lock;
 use crate::metadata::{self, Tree};
+use crate::net::{Link, Observed};
+use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
@@ -28,6 +33,8 @@ Examples:
   eniup plan                  what would change, as ip(8) commands; changes nothing
   sudo eniup reconcile        make the kernel agree with instance metadata
   eniup status                every ENI, as metadata and the kernel have it
+  eniup explain --from 10.0.1.20 --to 192.0.2.7
+                              which way such a packet goes, why, and whether the VPC takes it
   sudo eniup release          take away everything that eniup added
 
 Exit codes:
@@ -130,6 +137,18 @@ enum Command {
         #[command(flatten)]
         timeout: Timeout,
     },
+    /// Tell which way a packet goes and why: rule by rule, as the model and the kernel have it, whether the VPC takes it, and
+    /// where a reply comes in. Changes nothing and needs no privilege.
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain {
+        #[command(flatten)]
+        question: Question,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
     /// Take away everything that eniup added, and nothing else; asks no metadata.
     Release {
         /// Only print what would be taken away.
@@ -155,6 +174,84 @@ enum ConfigCommand {
         json: bool,
     },
 }
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  eniup explain --from 10.0.1.20                   what an ENI's address sends to the internet
+  eniup explain --to 10.0.9.9                      what a program sends that binds to no address
+  eniup explain --from 10.0.1.20 --to 172.17.0.2   what it answers to a container
+  eniup explain --oif ens6 --to 192.0.2.7          what curl --interface ens6 sends
+  eniup explain --iif docker0 --from 10.0.1.97     what a container with a delegated address sends";
+
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+struct Question {
+    /// The source address; without it the packet of a program that binds to none.
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<IpAddr>,
+    /// The destination; without it somewhere on the internet.
+    #[arg(long, value_name = "ADDRESS")]
+    to: Option<IpAddr>,
+    /// The link by which it came in, if it is forwarded.
+    #[arg(long, value_name = "LINK", conflicts_with = "oif")]
+    iif: Option<String>,
+    /// The link that the socket is bound to.
+    #[arg(long, value_name = "LINK")]
+    oif: Option<String>,
+    /// The firewall mark, decimal or 0x….
+    #[arg(long, value_name = "MARK", value_parser = parse_mark, default_value = "0", hide_default_value = true)]
+    mark: u32,
+}
+
+fn parse_mark(text: &str) -> Result<u32, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
+}
+
+/// Of the addresses for documentation (RFC 5737, RFC 3849): they stand for any of the internet.
+const ANYWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1))];
+
+/// A packet is explained also when metadata does not answer, so nobody waits long for it.
+const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(3);
+
+impl Question {
+    /// # Errors
+    /// Two families in one packet, or a link that is not there.
+    fn packet(&self, observed: &Observed) -> Result<Packet> {
+        let anywhere = ANYWHERE[usize::from(self.from.is_some_and(|from| from.is_ipv6()))];
+        let destination = self.to.unwrap_or(anywhere);
+        if let Some(from) = self.from.filter(|from| from.is_ipv4() != destination.is_ipv4()) {
+            return Err(BadUsage(format!("--from {from} and --to {destination} are of two families")).into());
+        }
+        let index = |name: &Option<String>| name.as_ref().map(|name| find_by_name(observed, name)).transpose();
+        let (input, output) = (index(&self.iif)?, index(&self.oif)?);
+        Ok(Packet { source: self.from, destination, input, output, mark: self.mark })
+    }
+}
+
+fn find_by_name(observed: &Observed, name: &String) -> Result<u32> {
+    let is_it = |link: &&Link| link.name == *name || link.altnames.contains(name);
+    let link = observed.links.values().find(is_it).with_context(|| {
+        let names: Vec<&str> = observed.links.values().map(|link| link.name.as_str()).collect();
+        format!("there is no link {name}; there are {}", names.join(", "))
+    })?;
+    Ok(link.index)
+}
+
+/// Arguments that contradict each other.
+#[derive(Debug)]
+struct BadUsage(String);
+
+impl std::fmt::Display for BadUsage {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}; see --help", self.0)
+    }
+}
+
+impl std::error::Error for BadUsage {}
 
 #[derive(Args)]
 struct Timeout {
@@ -225,6 +322,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
                 Exit::MetadataUnavailable
             };
         }
+        if cause.is::<BadUsage>() {
+            return Exit::Usage;
+        }
         if cause.is::<metadata::Unusable>() {
             return Exit::MetadataUnavailable;
         }
@@ -270,6 +370,11 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
         Command::Status { json, timeout } => {
             let status = read_status(endpoint, timeout.deadline(&config), &config).await?;
             show_status(&status, cli.global.color, *json)
+        }
+        Command::Explain { question, json, timeout } => {
+            let deadline = timeout.deadline(&config).min(Instant::now() + timeout.timeout.unwrap_or(EXPLAIN_TIMEOUT));
+            let explanation = read_explanation(question, endpoint, deadline, &config).await?;
+            show_explanation(&explanation, *json)
         }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
@@ -401,6 +506,38 @@ async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok(status(&tree, &attached, &observed, &plan, config))
+}
+
+async fn read_explanation(
+    question: &Question,
+    endpoint: Option<&str>,
+    deadline: Instant,
+    config: &Config,
+) -> Result<Explanation> {
+    let observed = reconcile::observe(config).await?;
+    let packet = question.packet(&observed)?;
+    let said = match explain::unaskable(&observed, &packet) {
+        Some(why) => Said::Nothing(why),
+        None => Netlink::open().context("opening a netlink socket")?.ask(&packet).await?,
+    };
+    let attached = read_attached(endpoint, deadline, &observed).await.map_err(|error| format!("{error:#}"));
+    let known = Known { observed: &observed, attached: attached.as_ref().map_err(String::clone), config };
+    Ok(explain::explain(&known, &packet, &said))
+}
+
+/// Every ENI, those that are left alone included: the VPC knows them, too.
+async fn read_attached(endpoint: Option<&str>, deadline: Instant, observed: &Observed) -> Result<Attached> {
+    let mut imds = Imds::connect(endpoint, &Surroundings::of(observed), deadline).await?;
+    Ok(metadata::attached(&imds.snapshot(Scope::Routing).await?)?)
+}
+
+fn show_explanation(explanation: &Explanation, is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(explanation)?))?,
+        false => print(&explanation.to_string())?,
+    }
+    // The model is what the promise is tested with.
+    Ok(if explanation.kernel_agrees == Some(false) { Exit::Failed } else { Exit::Ok })
 }
 
 fn show_status(status: &Status, color: Color, is_json: bool) -> Result<Exit> {

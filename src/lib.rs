@@ -15,6 +15,7 @@ pub mod config_files;
 pub mod cover;
 pub mod desired;
 pub mod eni;
+pub mod explain;
 pub mod fib;
 pub mod imds;
 pub mod ledger;

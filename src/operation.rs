@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::net::{Address, Family, HasFamily, Mark, Route, RouteKind, Rule};
-use crate::policy::MAIN_TABLE;
+use crate::policy::{LOCAL_TABLE, MAIN_TABLE};
 
 /// A link as an operation needs it: the index to act on, the name to show (and, for sysctls, to act on).
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -207,9 +207,33 @@ struct RuleCommand<'a> {
 
 impl fmt::Display for RuleCommand<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let rule = self.rule;
+        write!(f, "ip {} rule {} priority {}", family_option(rule.family), self.verb, rule.priority)?;
+        write!(f, "{} protocol {}", Selectors { rule }, rule.protocol)
+    }
+}
+
+/// A rule as people read it, without its protocol.
+pub struct RuleText<'a> {
+    pub rule: &'a Rule,
+}
+
+impl fmt::Display for RuleText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{:>5}:{}", self.rule.priority, Selectors { rule: self.rule })
+    }
+}
+
+/// What a rule matches and does.
+struct Selectors<'a> {
+    rule: &'a Rule,
+}
+
+impl fmt::Display for Selectors<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Rule {
-            priority,
-            family,
+            priority: _,
+            family: _,
             from,
             to,
             iif,
@@ -220,10 +244,9 @@ impl fmt::Display for RuleCommand<'_> {
             goto,
             suppress_prefix_length,
             suppress_group,
-            protocol,
-            has_more: _,
+            protocol: _,
+            has_more,
         } = self.rule;
-        write!(f, "ip {} rule {} priority {priority}", family_option(*family), self.verb)?;
         if *is_inverted {
             write!(f, " not")?;
         }
@@ -253,7 +276,10 @@ impl fmt::Display for RuleCommand<'_> {
         if let Some(group) = suppress_group {
             write!(f, " suppress_ifgroup {group}")?;
         }
-        write!(f, " protocol {protocol}")
+        if *has_more {
+            write!(f, " (and more)")?;
+        }
+        Ok(())
     }
 }
 
@@ -265,7 +291,11 @@ fn family_option(family: Family) -> &'static str {
 }
 
 fn table_name(table: u32) -> String {
-    if table == MAIN_TABLE { "main".into() } else { table.to_string() }
+    match table {
+        MAIN_TABLE => "main".into(),
+        LOCAL_TABLE => "local".into(),
+        _ => table.to_string(),
+    }
 }
 
 /// A link's name as a shell takes it: the kernel allows `$`, `;` and quotes in names, and people paste what we print.

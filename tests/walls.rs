@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 25] = [
+const FLOW: [&str; 26] = [
     "net",
     "config",
     "eni",
@@ -20,6 +20,7 @@ const FLOW: [&str; 25] = [
     "precedence",
     "plan",
     "fib",
+    "explain",
     "ledger",
     "release",
     "report",
@@ -34,7 +35,7 @@ const FLOW: [&str; 25] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 16] = [
+const PURE: [&str; 17] = [
     "net",
     "config",
     "eni",
@@ -49,6 +50,7 @@ const PURE: [&str; 16] = [
     "precedence",
     "plan",
     "fib",
+    "explain",
     "release",
     "status",
 ];

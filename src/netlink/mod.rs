@@ -1,6 +1,7 @@
 //! The only place that knows netlink. The kernel's habits are written down here.
 
 pub mod apply;
+pub mod ask;
 pub mod observe;
 mod socket;
 

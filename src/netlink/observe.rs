@@ -200,7 +200,7 @@ fn route(message: &RouteMessage) -> Option<(Option<u32>, Route)> {
     Some((if kind == RouteKind::Unreachable { None } else { link }, route))
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some((*address).into()),
         RouteAddress::Inet6(address) => Some((*address).into()),

@@ -64,7 +64,7 @@ impl Netlink {
     /// time, or a dump that changes kept interrupting.
     pub async fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
-            let sequence = self.send(&[Request { message: request.clone(), flags: NLM_F_DUMP }]).await?;
+            let sequence = self.send(&[Request { message: request.clone(), flags: NLM_F_DUMP }], 0).await?;
             let (messages, is_interrupted) = self.receive_dump(sequence).await?;
             if !is_interrupted {
                 return Ok(messages);
@@ -95,6 +95,24 @@ impl Netlink {
         }
     }
 
+    /// The one answer to a question.
+    ///
+    /// # Errors
+    /// An errno, or no answer that can be used.
+    pub async fn request(&mut self, question: RouteNetlinkMessage) -> Result<RouteNetlinkMessage, Error> {
+        let sequence = self.send(&[Request { message: question, flags: 0 }], 0).await?;
+        loop {
+            for message in self.receive().await? {
+                match message.payload {
+                    _ if message.header.sequence_number != sequence => {}
+                    NetlinkPayload::InnerMessage(inner) => return Ok(inner),
+                    NetlinkPayload::Error(error) => return Err(Error::Refused(error.to_io())),
+                    other => return Err(Error::Garbled(format!("{other:?} in answer to a question"))),
+                }
+            }
+        }
+    }
+
     /// Sends changes, in order, and gives each one's result. The kernel goes on after one that it refuses.
     ///
     /// # Errors
@@ -102,7 +120,7 @@ impl Netlink {
     pub async fn change(&mut self, requests: &[Request]) -> Result<Vec<Result<(), Error>>, Error> {
         let mut results = Vec::with_capacity(requests.len());
         for batch in requests.chunks(BATCH) {
-            let first = self.send(batch).await?;
+            let first = self.send(batch, NLM_F_ACK).await?;
             let mut answers: Vec<Option<Result<(), Error>>> = batch.iter().map(|_| None).collect();
             while answers.iter().any(Option::is_none) {
                 for message in self.receive().await? {
@@ -118,15 +136,14 @@ impl Netlink {
         Ok(results)
     }
 
-    /// The sequence number of the first; the others follow.
-    async fn send(&mut self, requests: &[Request]) -> Result<u32, Error> {
+    /// Each with these flags beside its own. Gives the sequence number of the first; the others follow.
+    async fn send(&mut self, requests: &[Request], flags: u16) -> Result<u32, Error> {
         let first = self.sequence.wrapping_add(1);
         let mut buffer = Vec::new();
         for request in requests {
             self.sequence = self.sequence.wrapping_add(1);
             let mut message = NetlinkMessage::from(request.message.clone());
-            let acknowledge = if request.flags & NLM_F_DUMP == NLM_F_DUMP { 0 } else { NLM_F_ACK };
-            message.header.flags = request.flags | NLM_F_REQUEST | acknowledge;
+            message.header.flags = request.flags | NLM_F_REQUEST | flags;
             message.header.sequence_number = self.sequence;
             message.finalize();
             let start = buffer.len();
