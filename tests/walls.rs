@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 23] = [
+const FLOW: [&str; 27] = [
     "net",
     "config",
     "eni",
@@ -20,19 +20,23 @@ const FLOW: [&str; 23] = [
     "fib",
     "ledger",
     "release",
+    "rollback",
+    "trial",
     "report",
     "config_files",
     "imds",
     "lock",
     "netlink",
     "reconcile",
+    "confirm",
     "status",
+    "stderr",
     "cli",
     "main",
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 14] = [
+const PURE: [&str; 15] = [
     "net",
     "config",
     "eni",
@@ -46,6 +50,7 @@ const PURE: [&str; 14] = [
     "plan",
     "fib",
     "release",
+    "rollback",
     "status",
 ];
 
