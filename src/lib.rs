@@ -12,6 +12,7 @@
 pub mod cli;
 pub mod config;
 pub mod config_files;
+pub mod confirm;
 pub mod cover;
 pub mod desired;
 pub mod eni;
@@ -32,5 +33,8 @@ pub mod proof;
 pub mod reconcile;
 pub mod release;
 pub mod report;
+pub mod rollback;
 pub mod selection;
 pub mod status;
+pub mod stderr;
+pub mod trial;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 26] = [
+const FLOW: [&str; 30] = [
     "net",
     "config",
     "eni",
@@ -23,19 +23,23 @@ const FLOW: [&str; 26] = [
     "explain",
     "ledger",
     "release",
+    "rollback",
+    "trial",
     "report",
     "config_files",
     "imds",
     "lock",
     "netlink",
     "reconcile",
+    "confirm",
     "status",
+    "stderr",
     "cli",
     "main",
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 17] = [
+const PURE: [&str; 18] = [
     "net",
     "config",
     "eni",
@@ -52,6 +56,7 @@ const PURE: [&str; 17] = [
     "fib",
     "explain",
     "release",
+    "rollback",
     "status",
 ];
 
