@@ -1,5 +1,6 @@
 //! Arguments to command to exit code. What the commands do is elsewhere.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -33,6 +34,7 @@ use crate::selection::select;
 use crate::status::{Status, Text, status};
 use crate::stderr::Unhindered;
 use crate::trial::InTheWay;
+use crate::watch::{self, Watch};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -165,6 +167,15 @@ enum Command {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Stay, and keep it so: repairs what others undo as soon as the kernel tells of it, and asks metadata now and then. Ends
+    /// by SIGTERM or SIGINT, reads its configuration anew on SIGHUP, and tells systemd how it is (Type=notify).
+    Watch {
+        /// Between two readings of metadata; longer where reading would cost more than a thousandth of a core.
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "2s")]
+        interval: Duration,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -376,12 +387,19 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     Exit::Failed
 }
 
-async fn dispatch(cli: &Cli) -> Result<Exit> {
-    let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let files = match &cli.global.config {
+/// Metadata is not asked more often, whatever is wished.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+
+fn config_texts(file: Option<&Path>) -> Vec<File> {
+    match file {
         Some(file) => vec![config_files::read_one(file)],
         None => config_files::read_all(&Places::default()),
-    };
+    }
+}
+
+async fn dispatch(cli: &Cli) -> Result<Exit> {
+    let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
+    let files = config_texts(cli.global.config.as_deref());
     let settings = config::read(&files)?;
     let config = settings.config.clone();
     match &cli.command {
@@ -420,6 +438,18 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let deadline = timeout.deadline(&config).min(Instant::now() + timeout.timeout.unwrap_or(EXPLAIN_TIMEOUT));
             let explanation = read_explanation(question, endpoint, deadline, &config).await?;
             show_explanation(&explanation, *json)
+        }
+        Command::Watch { interval, timeout } => {
+            check_permission()?;
+            let file = cli.global.config.clone();
+            let watched = Watch {
+                interval: (*interval).max(SHORTEST_INTERVAL),
+                timeout: timeout.timeout.unwrap_or(config.timeout),
+                reload: Box::new(move || Ok(config::read(&config_texts(file.as_deref()))?.config)),
+            };
+            let options = Options { is_automatic: true, ..options(endpoint, timeout, config) };
+            watch::watch(options, &watched).await?;
+            Ok(Exit::Ok)
         }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
@@ -479,6 +509,7 @@ fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options
         deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
         is_automatic: false,
+        held_back: BTreeSet::new(),
         config,
     }
 }
@@ -551,15 +582,15 @@ fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool)
 fn show_report(report: &Report) -> Result<Exit> {
     for note in &report.notes {
         // A run that had nothing to do is silent; `eniup plan` and `eniup status` say it at any time.
-        match report.changes {
-            0 => tracing::debug!("{note}"),
-            _ => tracing::warn!("{note}"),
+        match report.done.is_empty() {
+            true => tracing::debug!("{note}"),
+            false => tracing::warn!("{note}"),
         }
     }
     for line in report.to_string().lines() {
         tracing::warn!("{line}");
     }
-    tracing::debug!("{} changes made", report.changes);
+    tracing::debug!("{} changes made", report.done.len());
     Ok(report.exit())
 }
 

@@ -49,6 +49,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// Nobody looks on: what rests on metadata alone is taken away on proof only.
     pub is_automatic: bool,
+    /// Not to be carried out for now, as `Operation` shows them: somebody undoes them again and again.
+    pub held_back: BTreeSet<String>,
     pub config: Config,
 }
 
@@ -93,28 +95,39 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
     Ok(report)
 }
 
+/// What metadata said, and when.
+pub struct Reading {
+    tree: Tree,
+    all: Attached,
+    taken: Taken,
+}
+
+impl Reading {
+    /// # Errors
+    /// Metadata does not answer, or says nothing that can be used.
+    pub async fn take(imds: &mut Imds, config: &Config) -> Result<Reading> {
+        let begun = since_boot()?;
+        let tree = imds.snapshot(scope(config)).await?;
+        Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun, ended: since_boot()? } })
+    }
+
+    /// With what was not settled in it read anew. That does not make the rest younger.
+    async fn again(self, imds: &mut Imds, attached: &Attached, config: &Config) -> Result<Reading> {
+        let tree = imds.ask_again(self.tree, &attached.unsettled(), scope(config)).await?;
+        let taken = Taken { ended: since_boot()?, ..self.taken };
+        Ok(Reading { all: metadata::attached(&tree)?, tree, taken })
+    }
+}
+
 async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
-    // Of the first reading: what is read anew later does not make the rest younger.
-    let begun = since_boot()?;
-    let mut tree = imds.snapshot(scope(&options.config)).await?;
-    let mut all = metadata::attached(&tree)?;
-    let mut attached = all.clone();
+    let mut reading = Reading::take(&mut imds, &options.config).await?;
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let taken = Taken { begun, ended: since_boot()? };
-        let believed = believed(&all, taken, netlink, options).await?;
-        // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
-        let desire = |observed: &Observed| {
-            attached = select(&all, &tree, observed, &options.config);
-            desired(&select(&believed, &tree, observed, &options.config), &options.config)
-        };
-        let changes = report.changes;
-        report = converge(netlink, desire, all.primary, options, trial.as_deref_mut()).await?;
-        report.troubles.extend(pending_troubles(&attached));
-        report.changes += changes;
+        let (settled, attached) = settle(netlink, &reading, options, trial.as_deref_mut()).await?;
+        report = report.followed_by(settled);
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
         }
@@ -124,8 +137,8 @@ async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut 
         }
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        (tree, all) = match read_again(&mut imds, tree, &attached, &options.config).await {
-            Ok(read) => read,
+        reading = match reading.again(&mut imds, &attached, &options.config).await {
+            Ok(reading) => reading,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
             Err(error) => {
                 tracing::warn!("no longer waiting: {error:#}");
@@ -135,16 +148,52 @@ async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut 
     }
 }
 
+/// Makes the kernel agree with what was read; also gives what of that is ours to configure.
+async fn settle(
+    netlink: &mut Netlink,
+    reading: &Reading,
+    options: &Options,
+    trial: Option<&mut Trial>,
+) -> Result<(Report, Attached)> {
+    let Reading { tree, all, taken } = reading;
+    let believed = believed(all, *taken, netlink, options).await?;
+    let mut attached = all.clone();
+    // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
+    let desire = |observed: &Observed| {
+        attached = select(all, tree, observed, &options.config);
+        desired(&select(&believed, tree, observed, &options.config), &options.config)
+    };
+    let mut report = converge(netlink, desire, all.primary, options, trial).await?;
+    report.troubles.extend(pending_troubles(&attached));
+    Ok((report, attached))
+}
+
+/// Whether there may be anything to do, by a reading from before. Changes nothing.
+///
+/// # Errors
+/// No netlink.
+pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<bool> {
+    let ledger = ledger::load(&options.directory).of(reading.all.primary);
+    let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+    let attached = select(&reading.all, &reading.tree, &observed, &options.config);
+    let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
+    Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
+}
+
+/// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn.
+///
+/// # Errors
+/// As for [`reconcile`], metadata apart.
+pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<Report> {
+    let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    ledger::mend(&options.directory);
+    make_way(netlink, options).await?;
+    Ok(settle(netlink, reading, options, None).await?.0)
+}
+
 /// How much of metadata is needed.
 fn scope(config: &Config) -> Scope {
     if config.needs_details() { Scope::Selection } else { Scope::Routing }
-}
-
-/// The snapshot with what was not settled in it read anew.
-async fn read_again(imds: &mut Imds, tree: Tree, attached: &Attached, config: &Config) -> Result<(Tree, Attached)> {
-    let tree = imds.ask_again(tree, &attached.unsettled(), scope(config)).await?;
-    let attached = metadata::attached(&tree)?;
-    Ok((tree, attached))
 }
 
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
@@ -297,7 +346,8 @@ async fn converge(
         // Only what this run has changed is worth waiting for.
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
         let observed = observe_settled(netlink, &before, options, patience).await?;
-        let plan = plan(&desire(&observed), &observed, primary, &options.config);
+        let mut plan = plan(&desire(&observed), &observed, primary, &options.config);
+        plan.steps.retain(|step| !options.held_back.contains(&step.operation.to_string()));
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
             report.troubles.extend(plan_troubles(&plan, &failures));
@@ -347,7 +397,7 @@ async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> R
     for (step, outcome) in plan.steps.iter().zip(outcomes) {
         match outcome {
             Outcome::Done => {
-                report.changes += 1;
+                report.done.push(step.operation.to_string());
                 tracing::info!("{step}");
             }
             Outcome::AlreadySo => {

@@ -29,8 +29,8 @@ pub struct Report {
     pub unsettled: Vec<String>,
     /// What an administrator should know though all is done.
     pub notes: Vec<String>,
-    /// Changes made.
-    pub changes: usize,
+    /// The changes made, as `Operation` shows them.
+    pub done: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,6 +82,12 @@ impl Report {
         } else {
             Exit::Ok
         }
+    }
+
+    /// This one, and then another of the same run, which says how things are by now.
+    pub fn followed_by(mut self, next: Report) -> Report {
+        self.done.extend(next.done);
+        Report { done: self.done, ..next }
     }
 
     /// Whether waiting may help.

@@ -180,6 +180,11 @@ impl Imds {
         }
     }
 
+    /// Whatever is asked from now on has to be answered by then.
+    pub fn end_by(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+    }
+
     fn new(way: Way, token: HeaderValue, surroundings: &Surroundings, pace: Pace, deadline: Instant) -> Imds {
         let expected = surroundings.links.iter().map(|(mac, _)| *mac).collect();
         let certain_keys = if surroundings.is_ipv6_only { CERTAIN_IPV6_KEYS } else { CERTAIN_KEYS };

@@ -2,6 +2,7 @@
 
 pub mod apply;
 pub mod ask;
+pub mod events;
 pub mod observe;
 mod socket;
 

@@ -1,0 +1,330 @@
+//! Staying, and keeping it so: the kernel tells when something changes, and metadata is asked now and then.
+
+use std::fs;
+use std::future::pending;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use futures::FutureExt;
+use futures::future::{LocalBoxFuture, select_all};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::config::Config;
+use crate::fights::Fights;
+use crate::imds::{Imds, Surroundings};
+use crate::netlink::Netlink;
+use crate::netlink::events::Events;
+use crate::reconcile::{self, Options, Reading};
+use crate::report::Report;
+use crate::service::Service;
+
+/// After something has changed, more does: a manager makes its routes one by one.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
+const RATIO: u32 = 1000;
+
+/// While metadata does not answer; doubled each time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// What it needs beside what a run needs.
+pub struct Watch {
+    /// Between two readings of metadata, if reading costs next to nothing.
+    pub interval: Duration,
+    /// For one run.
+    pub timeout: Duration,
+    /// Reads the configuration anew.
+    pub reload: Box<dyn Fn() -> Result<Config>>,
+}
+
+/// What happens.
+enum Event {
+    Changed,
+    Read(Answer),
+    /// It is time to ask metadata, or somebody has been given way to for long enough.
+    Due,
+    Reload,
+    Watchdog,
+    Stop(&'static str),
+}
+
+/// What came of asking metadata, with the conversation for the next time.
+type Answer = (Option<Imds>, Result<Reading>);
+
+struct State<'a> {
+    options: Options,
+    watch: &'a Watch,
+    service: Service,
+    netlink: Netlink,
+    imds: Option<Imds>,
+    /// Metadata is being asked; what the kernel tells meanwhile is not kept waiting.
+    asking: Option<LocalBoxFuture<'static, Answer>>,
+    ask_at: Instant,
+    /// When asking began, in time on a CPU.
+    cpu_before: Duration,
+    reading: Option<Reading>,
+    fights: Fights,
+    begun: Instant,
+    /// What was said last of what is wrong: nobody wants to read it every two seconds.
+    last_trouble: String,
+    failures: u32,
+}
+
+/// Runs until it is told to stop. What goes wrong meanwhile is said, and tried again.
+///
+/// # Errors
+/// It cannot begin, or the kernel tells nothing any more.
+pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
+    let mut events = Events::open().context("listening to the kernel")?;
+    let mut signals = Signals::catch().context("catching signals")?;
+    let mut state = State {
+        options,
+        watch,
+        service: Service::of_environment(),
+        netlink: Netlink::open().context("opening a netlink socket")?,
+        imds: None,
+        asking: None,
+        ask_at: Instant::now(),
+        cpu_before: Duration::ZERO,
+        reading: None,
+        fights: Fights::default(),
+        begun: Instant::now(),
+        last_trouble: String::new(),
+        failures: 0,
+    };
+    let watchdog = state.service.watchdog();
+    let mut alive_by = watchdog.map(|pause| Instant::now() + pause);
+    let mut is_ready = false;
+    state.ask().await?;
+    loop {
+        match state.next(&mut events, &mut signals, alive_by).await? {
+            Event::Changed => {
+                sleep(QUIET).await;
+                events.forget().context("listening to the kernel")?;
+                state.look().await?;
+            }
+            Event::Read(answer) => {
+                state.take(answer).await;
+                if !std::mem::replace(&mut is_ready, true) {
+                    state.service.say("READY=1");
+                }
+            }
+            Event::Due if Instant::now() < state.ask_at => state.look().await?,
+            Event::Due => state.ask().await?,
+            Event::Reload => {
+                state.reload();
+                state.ask().await?;
+                state.service.say("READY=1");
+            }
+            Event::Watchdog => {
+                state.service.say("WATCHDOG=1");
+                alive_by = watchdog.map(|pause| Instant::now() + pause);
+            }
+            Event::Stop(name) => {
+                state.service.say("STOPPING=1");
+                tracing::debug!("stopping: {name}");
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl State<'_> {
+    async fn next(&mut self, events: &mut Events, signals: &mut Signals, alive_by: Option<Instant>) -> Result<Event> {
+        let retry_at = self.fights.next_end(self.begun.elapsed()).map(|end| self.begun + end);
+        let ask_at = Some(self.ask_at).filter(|_| self.asking.is_none());
+        let due = retry_at.into_iter().chain(ask_at).min();
+        let at = |instant: Option<Instant>| async move {
+            match instant {
+                Some(instant) => sleep_until(instant).await,
+                None => pending().await,
+            }
+        };
+        let asking = &mut self.asking;
+        let read = async {
+            match asking {
+                Some(asking) => asking.await,
+                None => pending().await,
+            }
+        };
+        let changed = async { events.changed().await.context("listening to the kernel").map(|()| Event::Changed) };
+        // The first that is ready: a machine on which something changes all the time can still be stopped.
+        let event = select_all([
+            signals.next().map(Ok).boxed_local(),
+            at(alive_by).map(|()| Ok(Event::Watchdog)).boxed_local(),
+            read.map(|answer| Ok(Event::Read(answer))).boxed_local(),
+            at(due).map(|()| Ok(Event::Due)).boxed_local(),
+            changed.boxed_local(),
+        ])
+        .await
+        .0;
+        if let Ok(Event::Read(_)) = event {
+            self.asking = None;
+        }
+        event
+    }
+
+    /// Begins to ask metadata, unless it is being asked.
+    async fn ask(&mut self) -> Result<()> {
+        if self.asking.is_none() {
+            self.cpu_before = cpu_time();
+            let surroundings = Surroundings::of(&self.netlink.observe().await?);
+            let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
+            let (config, deadline) = (self.options.config.clone(), Instant::now() + self.watch.timeout);
+            self.asking = Some(read(imds, endpoint, surroundings, config, deadline).boxed_local());
+        }
+        Ok(())
+    }
+
+    /// Whether something is to be done by what metadata said last. If so it is asked once more, since another run may have
+    /// acted on something newer; but a service that did not answer last time is not waited for.
+    async fn look(&mut self) -> Result<()> {
+        self.options.held_back = self.fights.held_back(self.begun.elapsed());
+        let Some(reading) = &self.reading else { return Ok(()) };
+        match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
+            Ok(true) if self.failures == 0 => self.ask().await?,
+            Ok(true) => self.settle().await,
+            Ok(false) => {}
+            Err(error) => self.say(&format!("{error:#}")),
+        }
+        Ok(())
+    }
+
+    /// Settles what there is to settle by what was read, or by what was read before.
+    async fn take(&mut self, (imds, result): Answer) {
+        self.imds = imds;
+        let (pause, trouble) = match result {
+            Ok(reading) => {
+                self.reading = Some(reading);
+                self.failures = 0;
+                (self.watch.interval, None)
+            }
+            Err(error) => {
+                self.failures += 1;
+                let doubled = self.watch.interval.saturating_mul(1 << (self.failures - 1).min(16));
+                (doubled.min(LONGEST_PAUSE.max(self.watch.interval)), Some(format!("{error:#}")))
+            }
+        };
+        self.settle().await;
+        // After what else there is to say: it is why that may be out of date.
+        if let Some(trouble) = trouble {
+            self.say(&trouble);
+        }
+        let cost = cpu_time().saturating_sub(self.cpu_before);
+        self.ask_at = Instant::now() + pause.max(cost * RATIO);
+    }
+
+    /// Makes the kernel agree with what was read last.
+    async fn settle(&mut self) {
+        let Some(reading) = &self.reading else { return };
+        self.options.deadline = Instant::now() + self.watch.timeout;
+        self.options.held_back = self.fights.held_back(self.begun.elapsed());
+        match reconcile::settle_again(&mut self.netlink, reading, &self.options).await {
+            Ok(report) => self.take_note(&report),
+            Err(error) => self.say(&format!("{error:#}")),
+        }
+    }
+
+    fn take_note(&mut self, report: &Report) {
+        for (change, times, pause) in self.fights.note(&report.done, self.begun.elapsed()) {
+            tracing::warn!(
+                "somebody undoes this again and again ({times} times by now), so it waits {} s before it is done again: \
+                 {change}{}",
+                pause.as_secs(),
+                suspects()
+            );
+        }
+        let held = self.options.held_back.iter().map(|change| format!("held back: {change}\n"));
+        let trouble = report.to_string() + &held.collect::<String>();
+        self.say(trouble.trim_end());
+    }
+
+    /// Says what is wrong, once.
+    fn say(&mut self, trouble: &str) {
+        if self.last_trouble != trouble {
+            trouble.lines().for_each(|line| tracing::warn!("{line}"));
+            self.last_trouble = trouble.into();
+        }
+        let status = trouble.lines().next().unwrap_or("the kernel agrees with metadata");
+        self.service.status(status);
+    }
+
+    fn reload(&mut self) {
+        self.service.say(&format!("RELOADING=1\nMONOTONIC_USEC={}", since_boot_in_microseconds()));
+        match (self.watch.reload)() {
+            Ok(config) => self.options.config = config,
+            Err(error) => tracing::warn!("{error:#}; going on with the configuration from before"),
+        }
+        self.last_trouble.clear();
+    }
+}
+
+async fn read(
+    imds: Option<Imds>,
+    endpoint: Option<String>,
+    surroundings: Surroundings,
+    config: Config,
+    deadline: Instant,
+) -> Answer {
+    let mut imds = match imds {
+        Some(imds) => imds,
+        None => match Imds::connect(endpoint.as_deref(), &surroundings, deadline).await {
+            Ok(imds) => imds,
+            Err(error) => return (None, Err(error.into())),
+        },
+    };
+    imds.end_by(deadline);
+    match Reading::take(&mut imds, &config).await {
+        Ok(reading) => (Some(imds), Ok(reading)),
+        // Another way may be open by now.
+        Err(error) => (None, Err(error)),
+    }
+}
+
+/// Managers that run here and are known to take away what they did not make, with what stops them.
+fn suspects() -> String {
+    let known = [
+        (
+            "/run/systemd/netif/state",
+            "systemd-networkd runs here: it needs ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no",
+        ),
+        ("/run/NetworkManager", "NetworkManager runs here: is the link managed by it?"),
+    ];
+    let here = known.iter().filter(|(path, _)| fs::exists(path).unwrap_or(false));
+    here.map(|(_, what)| format!("; {what}")).collect()
+}
+
+/// Time that this process has been on a CPU; zero where the kernel does not tell.
+fn cpu_time() -> Duration {
+    let read = fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    read.split_whitespace().next().and_then(|text| text.parse().ok()).map_or(Duration::ZERO, Duration::from_nanos)
+}
+
+/// `CLOCK_MONOTONIC` as systemd wants it, as near as `/proc/uptime` has it.
+fn since_boot_in_microseconds() -> u64 {
+    reconcile::since_boot().map_or(0, |milliseconds| milliseconds * 1000)
+}
+
+struct Signals {
+    stops: Vec<(&'static str, Signal)>,
+    reload: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Signals, std::io::Error> {
+        let catch = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
+        let stops = vec![catch("SIGTERM", SignalKind::terminate())?, catch("SIGINT", SignalKind::interrupt())?];
+        Ok(Signals { stops, reload: signal(SignalKind::hangup())? })
+    }
+
+    async fn next(&mut self) -> Event {
+        let Signals { stops, reload } = self;
+        let reload = reload.recv().map(|_| Event::Reload).boxed_local();
+        let stops = stops.iter_mut().map(|(name, signal)| {
+            let name = *name;
+            signal.recv().map(move |_| Event::Stop(name)).boxed_local()
+        });
+        select_all(stops.chain([reload])).await.0
+    }
+}
