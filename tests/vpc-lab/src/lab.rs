@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -364,8 +365,9 @@ impl Lab {
 
     /// A container with addresses of a delegated prefix, in the manner of the VPC CNI: a host route to each of them.
     pub fn add_pod(&mut self, name: &str, on: &str, addresses: &[IpAddr]) -> Result<()> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let pod = Node::create(name)?;
-        let host_end = format!("pod{}", self.nodes.len());
+        let host_end = format!("pod{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let namespace = pod.namespace();
         let (router4, router6) = (Ipv4Addr::new(169, 254, 1, 1), Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
         self.node(on)?.enter(|| {
@@ -397,6 +399,14 @@ impl Lab {
         self.echoes.insert(name.into(), Echo::start(&pod)?);
         self.nodes.insert(name.into(), pod);
         Ok(())
+    }
+
+    /// Ends a container with addresses of a delegated prefix; its host's link and routes go with it.
+    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
+        let pod = self.nodes.remove(name).with_context(|| format!("there is no running node {name}"))?;
+        self.echoes.remove(name);
+        pod.enter(|| kernel::delete_link("eth0"))?;
+        std::fs::remove_dir_all(pod.run_directory()).with_context(|| format!("clearing the /run of {name}"))
     }
 
     /// A tunnel from an instance to a node, whose end on the instance has this name. All that the node says goes there.
@@ -473,6 +483,11 @@ impl Lab {
     /// What an instance's metadata service publishes; to hold keys back, or to read what it says.
     pub fn published(&self, name: &str) -> Result<MutexGuard<'_, Published>> {
         Ok(self.machine(name)?.metadata.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Streams of flows that are served at this moment, on all nodes.
+    pub fn streams(&self) -> usize {
+        self.echoes.values().map(Echo::streams).sum()
     }
 
     /// A program to run on a node.
