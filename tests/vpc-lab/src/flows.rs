@@ -147,22 +147,46 @@ impl Flows {
     /// # Errors
     /// A flow names a node that there is not, or cannot be established.
     pub fn add(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<FlowId>> {
-        let mut flows = Vec::new();
-        for spec in specs {
-            flows.push(Flow::open(lab.node(&spec.from)?, self.next_id, spec)?);
-            self.next_id += 1;
-        }
+        let mut flows = self.open(lab, specs)?;
         establish(&mut flows)?;
+        Ok(self.hand_over(flows))
+    }
+
+    /// Starts pings of addresses that need not answer yet, to be [forgotten](Flows::forget) once they do.
+    ///
+    /// # Errors
+    /// One names a node that there is not, or its socket cannot be made.
+    pub fn knock(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<FlowId>> {
+        let flows = self.open(lab, specs)?;
+        Ok(self.hand_over(flows))
+    }
+
+    fn open(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<Flow>> {
+        let first = self.next_id;
+        self.next_id += specs.len() as FlowId;
+        (first..).zip(specs).map(|(id, spec)| Flow::open(lab.node(&spec.from)?, id, spec)).collect()
+    }
+
+    fn hand_over(&self, flows: Vec<Flow>) -> Vec<FlowId> {
         let ids = flows.iter().map(|flow| flow.id).collect();
         self.order(Order::Add(flows));
-        Ok(ids)
+        ids
+    }
+
+    /// Ends these, whatever became of them.
+    pub fn forget(&self, ids: Vec<FlowId>) {
+        self.take(ids);
+    }
+
+    fn take(&self, ids: Vec<FlowId>) -> Vec<Flow> {
+        let (ended, flows) = channel();
+        self.order(Order::End(ids, ended));
+        flows.recv().unwrap_or_default()
     }
 
     /// Sends no more by these, waits for the answers that are on their way, and tells what became of them.
-    pub fn end(&mut self, ids: Vec<FlowId>) -> Vec<FlowReport> {
-        let (ended, flows) = channel();
-        self.order(Order::End(ids, ended));
-        report(flows.recv().unwrap_or_default())
+    pub fn end(&self, ids: Vec<FlowId>) -> Vec<FlowReport> {
+        report(self.take(ids))
     }
 
     /// From now on there is this time from one message of these flows to the next.
