@@ -336,27 +336,34 @@ impl Lab {
         Ok(())
     }
 
-    /// A container on a bridge of an instance, in Docker's manner: the bridge has the net's first address.
-    pub fn add_container(&mut self, name: &str, on: &str, bridge: &str, net: Ipv4Net) -> Result<()> {
-        let gateway = net.hosts().next().context("the container's net is too small")?;
+    /// A container on a bridge of an instance, in Docker's manner: with these addresses, and the bridge with the first of each
+    /// of their nets.
+    pub fn add_container(&mut self, name: &str, on: &str, bridge: &str, addresses: &[IpNet]) -> Result<()> {
         let container = Node::create(name)?;
         let host_end = format!("veth{}", self.nodes.len());
         let namespace = container.namespace();
         self.node(on)?.enter(|| {
             if kernel::index(bridge).is_err() {
                 kernel::create_bridge(bridge)?;
-                kernel::add_address(bridge, Ipv4Net::new(gateway, net.prefix_len())?.into(), None)?;
+                addresses.iter().try_for_each(|net| {
+                    kernel::add_address(bridge, IpNet::new(router(*net), net.prefix_len())?, None)
+                })?;
                 kernel::set_up(bridge)?;
             }
             kernel::create_veth(&host_end, "eth0", &namespace.as_raw_fd())?;
             kernel::set_controller(&host_end, bridge)?;
             kernel::set_up(&host_end)?;
-            kernel::sysctl("ipv4/ip_forward", "1")
+            kernel::sysctl("ipv4/ip_forward", "1")?;
+            kernel::sysctl("ipv6/conf/all/forwarding", "1")
         })?;
         container.enter(|| {
+            kernel::sysctl("ipv6/conf/eth0/accept_ra", "0")?;
             kernel::set_up("eth0")?;
-            kernel::add_address("eth0", net.into(), None)?;
-            kernel::add_route(&Route::new(everything(gateway.into()), Some(gateway.into()), "eth0"))
+            for net in addresses {
+                kernel::add_address("eth0", *net, None)?;
+                kernel::add_route(&Route::new(everything(net.addr()), Some(router(*net)), "eth0"))?;
+            }
+            Ok(())
         })?;
         self.echoes.insert(name.into(), Echo::start(&container)?);
         self.nodes.insert(name.into(), container);
