@@ -189,6 +189,29 @@ pub fn add_address(link: &str, net: IpNet, lifetime: Option<u32>) -> Result<()> 
     change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding {net} to {link}"))
 }
 
+/// All addresses of this namespace.
+pub fn addresses() -> Result<BTreeSet<IpAddr>> {
+    let own = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(own) | AddressAttribute::Address(own) => Some(*own),
+        _ => None,
+    };
+    let messages = dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+    let all = messages.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewAddress(address) => address.attributes.iter().find_map(own),
+        _ => None,
+    });
+    Ok(all.collect())
+}
+
+pub fn delete_address(link: &str, net: IpNet) -> Result<()> {
+    let mut message = AddressMessage::default();
+    message.header.family = family(net.addr());
+    message.header.prefix_len = net.prefix_len();
+    message.header.index = index(link)?;
+    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    change(RouteNetlinkMessage::DelAddress(message), 0).with_context(|| format!("deleting {net} of {link}"))
+}
+
 /// A route as somebody other than eniup makes it.
 pub struct Route<'a> {
     pub destination: IpNet,

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::check::Check;
+use crate::check::{Check, Expected};
 use crate::forward::ROUTER_IPV6;
 use crate::kernel::{self, Route, Rule};
 use crate::lab::{Distribution, Lab, everything};
@@ -633,7 +633,7 @@ fn asks_from(class: &str, from: &str, to: IpAddr, seen: IpAddr) -> [Check; 3] {
         row: from.into(),
         column: class.into(),
         probe: Probe { from: from.into(), bound: Bound::Nothing, to, kind },
-        seen: Some(seen),
+        expected: Expected::seen_as(seen),
     })
 }
 
@@ -642,6 +642,6 @@ fn asks_bound(own: IpAddr, to: IpAddr) -> [Check; 3] {
         row: format!("bound to {own}"),
         column: crate::scene::BY_ADDRESS.into(),
         probe: Probe { from: "web".into(), bound: Bound::Address(own), to, kind },
-        seen: Some(own),
+        expected: Expected::seen_as(own),
     })
 }
