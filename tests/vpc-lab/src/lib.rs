@@ -21,6 +21,7 @@ pub mod node;
 pub mod probe;
 pub mod sandbox;
 pub mod scene;
+pub mod script;
 pub mod shell;
 pub mod storm;
 pub mod table;
