@@ -73,6 +73,11 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_too() {
     converges_from_any_scenario_to_any_other(Kernel::Old, 3);
 }
 
+#[test]
+fn what_a_kernel_of_tomorrow_tells_beside_breaks_no_dump() {
+    converges_from_any_scenario_to_any_other(Kernel::New, 3);
+}
+
 fn converges_from_any_scenario_to_any_other(kernel: Kernel, step: usize) {
     inside(|| {
         let scenarios = scenarios()?;

@@ -43,6 +43,8 @@ pub enum Kernel {
     Own,
     /// As one before Linux 5.18, which forgets the mark of addresses.
     Old,
+    /// As one of tomorrow, which tells more than anybody knows.
+    New,
 }
 
 /// Runs the test on a machine of its own: a thread in a new network namespace.
@@ -120,6 +122,7 @@ impl Machine {
         match self.kernel {
             Kernel::Own => run(&mut self.command(arguments)),
             Kernel::Old => self.eniup_with(interposer::forget_address_protocols, arguments),
+            Kernel::New => self.eniup_with(interposer::tell_of_tomorrow, arguments),
         }
     }
 

@@ -249,18 +249,107 @@ pub fn forget_address_protocols(datagram: Datagram) -> io::Result<()> {
 }
 
 /// The message without its attributes of this type; they begin after so many bytes.
-fn without_attribute(message: &[u8], start: usize, kind: u16) -> Vec<u8> {
-    let (head, mut attributes) = message.split_at(start.min(message.len()));
-    let mut left = head.to_vec();
-    while attributes.len() >= 4 {
-        let length = usize::from(u16::from_ne_bytes([attributes[0], attributes[1]]));
-        let (attribute, rest) = attributes.split_at(length.next_multiple_of(4).clamp(4, attributes.len()));
-        if u16::from_ne_bytes([attribute[2], attribute[3]]) != kind {
-            left.extend_from_slice(attribute);
-        }
-        attributes = rest;
+fn without_attribute(message: &[u8], start: usize, unwanted: u16) -> Vec<u8> {
+    let mut left = message[..start].to_vec();
+    for (kind, payload) in attributes_of(&message[start..]).into_iter().filter(|(kind, _)| *kind != unwanted) {
+        push_attribute(&mut left, kind, payload);
     }
-    let length = (left.len() as u32).to_ne_bytes();
-    left[..4].copy_from_slice(&length);
-    left
+    with_length(left)
+}
+
+/// Type and payload of each attribute.
+fn attributes_of(mut bytes: &[u8]) -> Vec<(u16, &[u8])> {
+    let mut attributes = Vec::new();
+    while bytes.len() >= 4 {
+        let length = usize::from(u16::from_ne_bytes([bytes[0], bytes[1]])).clamp(4, bytes.len());
+        attributes.push((u16::from_ne_bytes([bytes[2], bytes[3]]), &bytes[4..length]));
+        bytes = &bytes[length.next_multiple_of(4).min(bytes.len())..];
+    }
+    attributes
+}
+
+fn push_attribute(bytes: &mut Vec<u8>, kind: u16, payload: &[u8]) {
+    bytes.extend((4 + payload.len() as u16).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend_from_slice(payload);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// The message with its length in its header.
+fn with_length(mut message: Vec<u8>) -> Vec<u8> {
+    let length = (message.len() as u32).to_ne_bytes();
+    message[..4].copy_from_slice(&length);
+    message
+}
+
+/// A kernel of tomorrow: each message has an attribute that nobody knows yet, what grows from release to release is longer,
+/// and each list of addresses has one of a family of which only the number is known.
+pub fn tell_of_tomorrow(datagram: Datagram) -> io::Result<()> {
+    let Datagram::Told(datagram) = datagram else { return Ok(()) };
+    let mut told = Vec::new();
+    for message in messages(datagram) {
+        let fixed = match message.kind() {
+            libc::RTM_NEWLINK => 16,
+            libc::RTM_NEWADDR => ADDRESS,
+            libc::RTM_NEWROUTE | libc::RTM_NEWRULE => 12,
+            _ => {
+                told.extend_from_slice(message.0);
+                continue;
+            }
+        };
+        let grows: &[u16] = match message.kind() {
+            libc::RTM_NEWLINK => &[libc::IFLA_STATS, libc::IFLA_STATS64, libc::IFLA_MAP],
+            libc::RTM_NEWADDR => &[libc::IFA_CACHEINFO],
+            libc::RTM_NEWROUTE => &[libc::RTA_CACHEINFO],
+            _ => &[],
+        };
+        let start = HEADER + fixed;
+        let mut attributes = Vec::new();
+        for (kind, payload) in attributes_of(&message.0[start..]) {
+            let payload = match kind {
+                libc::IFLA_AF_SPEC if message.kind() == libc::RTM_NEWLINK => families_of_tomorrow(payload),
+                kind if grows.contains(&kind) => [payload, &[0; 8]].concat(),
+                _ => payload.to_vec(),
+            };
+            push_attribute(&mut attributes, kind, &payload);
+        }
+        if message.kind() == libc::RTM_NEWRULE {
+            // A selector that nobody has set; with a value the rule would be another one.
+            push_attribute(&mut attributes, UNKNOWN, &[0; 4]);
+        } else {
+            push_attribute(&mut attributes, UNKNOWN, b"whatever it is");
+            push_attribute(&mut attributes, UNKNOWN | libc::NLA_F_NESTED as u16, &[8, 0, 1, 0, 1, 2, 3, 4]);
+        }
+        told.extend(with_length([&message.0[..start], &attributes].concat()));
+        if message.kind() == libc::RTM_NEWADDR {
+            // MCTP's addresses are one byte.
+            let mut other = message.0[..start].to_vec();
+            other[HEADER] = MCTP;
+            push_attribute(&mut other, libc::IFA_LOCAL, &[8]);
+            told.extend(with_length(other));
+        }
+    }
+    *datagram = told;
+    Ok(())
+}
+
+/// `AF_MCTP`, since Linux 5.15, and a number of an attribute that is far from being given.
+const MCTP: u8 = 45;
+const UNKNOWN: u16 = 0x3f00;
+
+/// `IFLA_INET6_CONF` gets longer with each sysctl, and a family more may have something to say.
+fn families_of_tomorrow(payload: &[u8]) -> Vec<u8> {
+    const INET6_CONF: u16 = 2;
+    let mut families = Vec::new();
+    for (family, payload) in attributes_of(payload) {
+        let mut inner = Vec::new();
+        for (kind, payload) in attributes_of(payload) {
+            let more: &[u8] = if (i32::from(family), kind) == (libc::AF_INET6, INET6_CONF) { &[0; 16] } else { &[] };
+            push_attribute(&mut inner, kind, &[payload, more].concat());
+        }
+        push_attribute(&mut inner, UNKNOWN, &[1]);
+        push_attribute(&mut families, family, &inner);
+    }
+    push_attribute(&mut families, MCTP.into(), &[8, 0, 1, 0, 1, 0, 0, 0]);
+    families
 }
