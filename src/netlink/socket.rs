@@ -61,16 +61,22 @@ impl Netlink {
     ///
     /// # Errors
     /// Any doubt: an errno (also one that comes with the end of the dump), a message that does not parse, no end in
-    /// time, or a dump that changes kept interrupting.
+    /// time, or a dump that changes or a lack of buffers kept interrupting.
     pub async fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             let sequence = self.send(&[Request { message: request.clone(), flags: NLM_F_DUMP }]).await?;
-            let (messages, is_interrupted) = self.receive_dump(sequence).await?;
-            if !is_interrupted {
-                return Ok(messages);
+            match self.receive_dump(sequence).await {
+                Ok((messages, false)) => return Ok(messages),
+                Ok((_, true)) => {}
+                // Something of the dump may be lost, and the kernel takes no other request while one is under way.
+                Err(error) if error.errno() == Some(libc::ENOBUFS) => {
+                    *self = Netlink::open().map_err(Error::Refused)?;
+                }
+                Err(error) => return Err(error),
             }
         }
-        Err(Error::Garbled(format!("{DUMP_ATTEMPTS} dumps were each interrupted by a change")))
+        let why = "interrupted by a change or a lack of buffers";
+        Err(Error::Garbled(format!("{DUMP_ATTEMPTS} dumps were each {why}")))
     }
 
     async fn receive_dump(&mut self, sequence: u32) -> Result<(Vec<RouteNetlinkMessage>, bool), Error> {

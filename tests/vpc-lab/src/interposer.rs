@@ -13,6 +13,8 @@ use anyhow::{Context, Result};
 /// One datagram. An error takes its place: the program's call ends with it, and the datagram is lost.
 pub enum Datagram<'a> {
     Said(&'a mut Vec<u8>),
+    /// The program wants to be told something; an error loses nothing.
+    Awaited,
     Told(&'a mut Vec<u8>),
 }
 
@@ -147,6 +149,7 @@ impl<F: FnMut(Datagram) -> io::Result<()>> Supervisor<F> {
                 Ok(Some(length as usize))
             }
             libc::SYS_recvfrom => {
+                (self.between)(Datagram::Awaited)?;
                 let bytes = datagram.as_mut_ptr().cast();
                 let received = unsafe { libc::recv(socket.as_raw_fd(), bytes, datagram.len(), flags as i32) };
                 datagram.truncate(check(received as i64)? as usize);
