@@ -431,3 +431,100 @@ fn a_permission_that_is_lost_in_the_middle_ends_the_run_with_77() {
         Ok(())
     });
 }
+
+/// A link of somebody else's that has the name of an ENI's.
+const STRANGER: &str = "link add eth02 address 02:77:00:00:00:01 type veth peer name eth02p address 02:77:00:00:00:02";
+
+/// Something happens to the link eth02 of an ENI when a run has looked and is about to send its first changes, or any later
+/// ones, each time on a fresh machine. `INDEX` is the link's.
+fn before_each_send(happens: &[&str], check: impl Fn(&Run, &Observed) -> Result<()> + Sync) -> Result<()> {
+    let sends = at_each_send(|machine, n| {
+        let index = observe()?.links.values().find(|link| link.name == "eth02").context("no eth02")?.index;
+        let lines: Vec<String> = happens.iter().map(|line| line.replace("INDEX", &index.to_string())).collect();
+        let (mut sends, mut between) = (0, None);
+        let watch = |datagram: Datagram| {
+            if let Datagram::Said(said) = datagram
+                && messages(said).first().is_some_and(|message| !is_dump(message))
+            {
+                if sends == n {
+                    between = Some(lines.iter().try_for_each(|line| ip(line).map(drop)).and_then(|()| observe()));
+                }
+                sends += 1;
+            }
+            Ok(())
+        };
+        let run = machine.eniup_with(watch, "reconcile --timeout 500ms")?;
+        let Some(between) = between.transpose()? else { return Ok(false) };
+        let check = || {
+            check(&run, &between)?;
+            machine.eniup("reconcile --timeout 500ms")?;
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI is not done");
+            check(&run, &between).context("after another run")
+        };
+        check().with_context(|| format!("exit {}: {}", run.exit, run.stderr))?;
+        Ok(true)
+    })?;
+    ensure!(sends > 4, "only {sends} sends");
+    Ok(())
+}
+
+/// How many sends there are for which something could happen.
+fn at_each_send(happen: impl Fn(&Machine, usize) -> Result<bool> + Sync) -> Result<usize> {
+    let mut n = 0;
+    while on_three_enis(|machine| happen(machine, n)).with_context(|| format!("before send {n}"))? {
+        n += 1;
+    }
+    Ok(n)
+}
+
+#[test]
+fn a_link_that_is_renamed_before_any_send_is_configured_under_its_new_name() {
+    inside(|| {
+        before_each_send(&["link set eth02 down", "link set eth02 name ens6", STRANGER], |run, between| {
+            ensure!(run.exit == 0, "it did not converge");
+            assert_untouched("eth02", between)?;
+            ensure!(ip("addr show ens6")?.contains("10.0.1.20/24"), "the ENI's own link was not configured");
+            let rules = ip("rule")?;
+            ensure!(rules.contains("oif ens6") && !rules.contains("oif eth02"), "{rules}");
+            Ok(())
+        })
+    });
+}
+
+fn assert_waits(run: &Run) -> Result<()> {
+    ensure!(run.exit == 3 && run.stderr.contains("eni-02 is pending: no link with its MAC"), "it was not reported");
+    Ok(())
+}
+
+#[test]
+fn a_link_that_is_gone_before_any_send_is_waited_for_and_one_of_its_name_is_untouched() {
+    inside(|| {
+        before_each_send(&["link del eth02", STRANGER], |run, between| {
+            assert_waits(run)?;
+            assert_untouched("eth02", between)
+        })
+    });
+}
+
+/// The kernel gives an index anew only to somebody who asks for it. That link can have been set as an ENI's is; it keeps
+/// nothing by which packets would take another way.
+#[test]
+fn a_link_that_takes_the_index_of_one_that_is_gone_before_any_send_keeps_no_address_route_or_rule() {
+    inside(|| {
+        let stranger = STRANGER.replace("link add eth02", "link add eth02 index INDEX");
+        before_each_send(&["link del eth02", &stranger], |run, _| {
+            assert_waits(run)?;
+            let link = observe()?.links.into_values().find(|link| link.name == "eth02").context("no eth02")?;
+            ensure!(link.mac == "02:77:00:00:00:01".parse().ok(), "it is not the stranger's link: {link:?}");
+            let now = settled_dump()?;
+            let is_ours =
+                |line: &&String| line.contains("eth02") && line.contains("proto 176") || line.contains("oif eth02");
+            let left: Vec<&String> = now.iter().filter(is_ours).collect();
+            ensure!(left.is_empty(), "{left:#?}");
+            ensure!(
+                observe()?.addresses.iter().all(|(index, address)| *index != link.index || address.protocol != 176)
+            );
+            Ok(())
+        })
+    });
+}
