@@ -7,7 +7,7 @@ use eniup::config::Config;
 use eniup::desired::desired;
 use eniup::eni::Attached;
 use eniup::metadata::{Tree, attached};
-use eniup::net::{Address, Family, HasFamily, Link, Observed, Route, RouteKind, Rule};
+use eniup::net::{Address, Family, HasFamily, Link, Mark, Observed, Route, RouteKind, Rule};
 use eniup::plan::{fresh_machine, plan};
 use eniup::policy;
 use ipnet::IpNet;
@@ -231,6 +231,9 @@ impl Change {
                     iif: iif.map(|number| if number % 2 == 0 { "lo".into() } else { name(number) }),
                     oif: oif.map(name),
                     is_inverted: rest % 16 == 1,
+                    mark: (rest % 16 == 3).then_some(Mark { value: u32::from(rest / 16 % 2), mask: 1 }),
+                    goto: (rest % 16 == 4).then_some(32_765),
+                    suppress_prefix_length: (rest % 16 == 5).then_some(u32::from(rest / 16)),
                     has_more: rest % 16 == 2,
                     protocol: owner(*by),
                     ..policy::rule(

@@ -53,7 +53,8 @@ pub fn one_run_converges(tree: &Tree, attached: &Attached, before: &Observed, co
         matches_its_own_enis_sources_only(&rule.object, &selected, &desired, config);
     }
     for step in &plan.steps {
-        if let Operation::AddRule { rule } = &step.operation {
+        // Those that are for the whole machine repeat what somebody else's say.
+        if let (Some(_), Operation::AddRule { rule }) = (&step.eni, &step.operation) {
             matches_its_own_enis_sources_only(rule, &selected, &desired, config);
         }
         assert!(!step.to_string().contains('\n'), "{step}");

@@ -24,7 +24,7 @@ pub enum Datagram<'a> {
 /// It could not be started, or the kernel refuses to let it be supervised.
 pub fn output(command: &mut Command, between: impl FnMut(Datagram) -> io::Result<()>) -> Result<Output> {
     // SAFETY: only system calls, on memory of their own.
-    unsafe { command.pre_exec(|| supervise_me()) };
+    unsafe { command.pre_exec(supervise_me) };
     command.stdin(std::process::Stdio::null());
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let child = command.spawn().context("starting a supervised program")?;
