@@ -149,7 +149,12 @@ impl Machine {
 pub fn configured() -> Observed {
     let snapshot = include_str!("../../scenarios/two-subnets-dual-stack/metadata.json");
     let attached = Tree::from_json(snapshot).map(|tree| attached(&tree).expect("it is whole")).expect("it is JSON");
-    Machine { has_run_before: true, no_ipv6: false, changes: Vec::new() }.observed(&attached, &Config::default())
+    let mut observed =
+        Machine { has_run_before: true, no_ipv6: false, changes: Vec::new() }.observed(&attached, &Config::default());
+    // By DHCP.
+    let net = "10.0.0.10/24".parse().expect("it is an address");
+    observed.addresses.insert((2, Address { net, is_deprecated: false, has_prefix_route: true, protocol: 0 }));
+    observed
 }
 
 /// The index of the link of this number.
