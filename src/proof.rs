@@ -132,7 +132,12 @@ impl Own {
             let is_source_alone = rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none();
             policy::owns_rule(config, rule) && is_source_alone && tables.contains(&rule.table)
         };
-        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from);
+        // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
+        let can_be_its = |prefix: &IpNet| {
+            let subnets = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();
+            subnets.is_empty() || subnets.iter().any(|subnet| subnet.contains(prefix))
+        };
+        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         Own {
             sources: addresses.map(|(_, address)| address.net.addr().into()).chain(prefixes).collect(),
@@ -181,5 +186,35 @@ fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
                 IpNet::V6(subnet) => eni.ipv6_subnets.push(*subnet),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::desired::desired;
+    use crate::metadata::{Tree, attached};
+    use crate::net::Family;
+    use crate::plan::{fresh_machine, plan};
+
+    /// Whether this rule stays, on a machine of which an automatic run sees for the first time that metadata lacks it.
+    fn stays(prefix: &str) -> bool {
+        let config = Config::default();
+        let snapshot = include_str!("../tests/scenarios/two-subnets-dual-stack/metadata.json");
+        let attached = attached(&Tree::from_json(snapshot).unwrap()).unwrap();
+        let mut observed = fresh_machine(&attached);
+        let table = policy::TABLE_BASE + 1;
+        let from = Some(prefix.parse().unwrap());
+        observed.rules.insert(Rule { from, ..policy::rule(&config, Family::V4, table, table) });
+        let taken = Taken { begun: 1, ended: 2 };
+        let believed = judge(&attached, &observed, &BTreeSet::new(), taken, &config).attached;
+        let plan = plan(&desired(&believed, &config), &observed, believed.primary, &config);
+        !plan.steps.iter().any(|step| step.to_string().contains(&format!("rule del priority {table} from {prefix}")))
+    }
+
+    #[test]
+    fn a_prefix_of_the_enis_subnet_stays_without_proof_and_one_of_whoever_was_in_its_slot_before_goes() {
+        assert!(stays("10.0.1.96/28"));
+        assert!(!stays("10.0.3.96/28"));
     }
 }

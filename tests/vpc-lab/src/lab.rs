@@ -18,6 +18,7 @@ use crate::echo::Echo;
 use crate::fabric::Fabric;
 use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6, ROUTER_MAC};
 use crate::imds::Service;
+use crate::interposer;
 use crate::kernel::{self, Route};
 use crate::metadata::{EniView, InstanceView, Propagation, Published};
 use crate::node::Node;
@@ -44,6 +45,8 @@ pub enum Distribution {
 pub struct Lab {
     pub fabric: Fabric,
     pub eniup: PathBuf,
+    /// The binary under test finds a kernel before Linux 5.18.
+    pub is_kernel_old: bool,
     nodes: BTreeMap<String, Node>,
     echoes: BTreeMap<String, Echo>,
     /// By name, which is also their node's.
@@ -74,6 +77,7 @@ impl Lab {
         Ok(Lab {
             fabric: Fabric::start()?,
             eniup,
+            is_kernel_old: false,
             nodes: BTreeMap::new(),
             echoes: BTreeMap::new(),
             machines: BTreeMap::new(),
@@ -506,7 +510,11 @@ impl Lab {
     pub fn eniup(&self, name: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = self.command(name, &self.eniup)?;
         command.args(arguments).env_remove("AWS_EC2_METADATA_SERVICE_ENDPOINT").env_remove("RUNTIME_DIRECTORY");
-        command.output().with_context(|| format!("running {} on {name}", self.eniup.display()))
+        let output = match self.is_kernel_old {
+            true => interposer::output(&mut command, interposer::forget_address_protocols),
+            false => command.output().map_err(anyhow::Error::from),
+        };
+        output.with_context(|| format!("running {} on {name}", self.eniup.display()))
     }
 
     /// Makes these exchanges.

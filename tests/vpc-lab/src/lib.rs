@@ -11,6 +11,7 @@ pub mod flows;
 pub mod forward;
 pub mod ground;
 pub mod imds;
+pub mod interposer;
 pub mod kernel;
 pub mod lab;
 pub mod layouts;

@@ -46,6 +46,8 @@ pub enum How {
     Eniup,
     /// By eniup with `rules = "per-address"`.
     PerAddress,
+    /// By eniup on a kernel before Linux 5.18, which forgets whose addresses are.
+    OldKernel,
     /// By nobody: what the distribution made of the primary ENI is all there is.
     None,
 }
@@ -115,8 +117,9 @@ fn row(layout: &Layout, result: &Tally, used: &[&str]) -> Vec<Cell> {
 /// # Errors
 /// It cannot be built, or eniup fails on it.
 pub fn run(layout: &Layout, eniup: &Path, how: How) -> Result<Tally> {
-    let stage = (layout.build)(eniup).with_context(|| format!("building {}", layout.name))?;
+    let mut stage = (layout.build)(eniup).with_context(|| format!("building {}", layout.name))?;
     let checks = expected(&stage)?;
+    stage.scene.lab.is_kernel_old = how == How::OldKernel;
     let lab = &stage.scene.lab;
     if how != How::None {
         lab.fabric.forget_drops();
