@@ -301,7 +301,7 @@ impl Demo {
     /// Whether nothing of the instances' own was dropped since the last look. What a container host forwards towards an
     /// address that it does not have yet does not count: the VPC delivers before anybody can know.
     fn is_clean(&self) -> bool {
-        let misrouted = self.scene.lab.fabric.misrouted();
+        let misrouted = self.scene.lab.fabric.own_source_drops();
         if misrouted > 0 {
             println!("{misrouted} packets left by the wrong ENI meanwhile: {:#?}", self.scene.lab.fabric.last_drops());
         }

@@ -127,12 +127,12 @@ impl Fabric {
 
     /// Packets dropped by the source check, of all ENIs.
     pub fn source_drops(&self) -> u64 {
-        self.dropped_for(&[Reason::WrongEni, Reason::SourceAddress])
+        self.dropped_for(&[Reason::WrongEni, Reason::OthersAddress, Reason::SourceAddress])
     }
 
-    /// Of those, the ones that left by another ENI of their own instance.
-    pub fn misrouted(&self) -> u64 {
-        self.dropped_for(&[Reason::WrongEni])
+    /// Of those, the ones that are not of another instance: an instance that forwards sends on what it gets.
+    pub fn own_source_drops(&self) -> u64 {
+        self.dropped_for(&[Reason::WrongEni, Reason::SourceAddress])
     }
 
     fn dropped_for(&self, reasons: &[Reason]) -> u64 {
