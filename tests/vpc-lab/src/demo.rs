@@ -84,7 +84,7 @@ pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Demo> {
         lab.elastic_ip(&web[n], private)?;
     }
     lab.run_instance("web", &web, "m7i.large", Distribution::AtLaunch)?;
-    lab.add_container("docker", "web", "docker0", Ipv4Net::new(DOCKER, 16)?)?;
+    lab.add_container("docker", "web", "docker0", &[Ipv4Net::new(DOCKER, 16)?.into()])?;
     lab.add_pod("pod", "web", &[POD.into()])?;
 
     let standby = lab.create_network_interface(eni(0, &[50], &[0x50]))?;
@@ -301,7 +301,7 @@ impl Demo {
     /// Whether nothing of the instances' own was dropped since the last look. What a container host forwards towards an
     /// address that it does not have yet does not count: the VPC delivers before anybody can know.
     fn is_clean(&self) -> bool {
-        let misrouted = self.scene.lab.fabric.misrouted();
+        let misrouted = self.scene.lab.fabric.own_source_drops();
         if misrouted > 0 {
             println!("{misrouted} packets left by the wrong ENI meanwhile: {:#?}", self.scene.lab.fabric.last_drops());
         }

@@ -100,6 +100,17 @@ impl Fabric {
         }
     }
 
+    /// Carries all that waits at the ports, so that what was sent is judged by the truth of this moment and no later one.
+    pub fn drain(&self) {
+        let mut state = self.shared.state();
+        let mut frame = vec![0; LONGEST];
+        for (port, Plug { number: _, cable }) in state.ports.clone() {
+            while let Ok(length) = cable.read(&mut frame) {
+                state.handle(&port, &cable, &frame[..length]);
+            }
+        }
+    }
+
     /// Hands a guest a frame that nobody sent: what the VPC itself says without being asked.
     ///
     /// # Errors
@@ -116,12 +127,12 @@ impl Fabric {
 
     /// Packets dropped by the source check, of all ENIs.
     pub fn source_drops(&self) -> u64 {
-        self.dropped_for(&[Reason::WrongEni, Reason::SourceAddress])
+        self.dropped_for(&[Reason::WrongEni, Reason::OthersAddress, Reason::SourceAddress])
     }
 
-    /// Of those, the ones that left by another ENI of their own instance.
-    pub fn misrouted(&self) -> u64 {
-        self.dropped_for(&[Reason::WrongEni])
+    /// Of those, the ones that are not of another instance: an instance that forwards sends on what it gets.
+    pub fn own_source_drops(&self) -> u64 {
+        self.dropped_for(&[Reason::WrongEni, Reason::SourceAddress])
     }
 
     fn dropped_for(&self, reasons: &[Reason]) -> u64 {

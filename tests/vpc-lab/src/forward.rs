@@ -38,7 +38,10 @@ pub enum Reason {
     SourceMac,
     /// The source check: an address or delegated prefix of another ENI of the same instance.
     WrongEni,
-    /// The source check: of no ENI of the instance. It forwards, perhaps to an address that it does not have yet.
+    /// The source check: of an ENI of another instance. It forwards, perhaps to an address that it does not have yet; or it has
+    /// lost the address to that one.
+    OthersAddress,
+    /// The source check: of no ENI.
     SourceAddress,
     /// Multicast, broadcast and link-local traffic: a VPC carries none of it.
     LocalOnly,
@@ -63,6 +66,7 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Reason::SourceMac => "source-mac",
             Reason::WrongEni => "wrong-eni",
+            Reason::OthersAddress => "others-address",
             Reason::SourceAddress => "source-address",
             Reason::LocalOnly => "local-only",
             Reason::NotIp => "not-ip",
@@ -197,7 +201,12 @@ fn from_eni(world: &World, eni: &Eni, frame: &Frame, packet: Option<Packet>) -> 
     if eni.source_dest_check && !eni.owns(packet.source) {
         let at = eni.attachment.as_ref().map(|at| at.instance.as_str()).unwrap_or_default();
         let is_of_instance = world.enis_of(at).iter().any(|other| other.owns(packet.source));
-        return Verdict::Drop(if is_of_instance { Reason::WrongEni } else { Reason::SourceAddress });
+        let is_of_another = || world.enis.values().any(|other| other.attachment.is_some() && other.owns(packet.source));
+        return Verdict::Drop(match is_of_instance {
+            true => Reason::WrongEni,
+            false if is_of_another() => Reason::OthersAddress,
+            false => Reason::SourceAddress,
+        });
     }
     if is_local_only || is_local_source {
         return Verdict::Drop(Reason::LocalOnly);

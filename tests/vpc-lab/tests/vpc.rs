@@ -164,7 +164,7 @@ fn an_address_belongs_to_the_eni_that_has_it_at_this_moment() {
         // A neighbour that remembers the old station address reaches the new owner all the same.
         pair.assert_answers("three", "10.0.0.10", "10.0.0.20")?;
         let eni = Port::Eni(pair.enis[0].clone());
-        pair.assert_drops("one", Bound::Address(moving.addr()), "10.0.1.10", eni, Reason::SourceAddress)
+        pair.assert_drops("one", Bound::Address(moving.addr()), "10.0.1.10", eni, Reason::OthersAddress)
     });
 }
 
