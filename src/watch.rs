@@ -169,7 +169,10 @@ impl State<'_> {
     async fn ask(&mut self) -> Result<()> {
         if self.asking.is_none() {
             self.cpu_before = cpu_time();
-            let surroundings = Surroundings::of(&self.netlink.observe().await?);
+            let surroundings = match self.imds {
+                Some(_) => None,
+                None => Some(Surroundings::of(&self.netlink.observe().await?)),
+            };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
             let (config, deadline) = (self.options.config.clone(), Instant::now() + self.watch.timeout);
             self.asking = Some(read(imds, endpoint, surroundings, config, deadline).boxed_local());
@@ -263,13 +266,13 @@ impl State<'_> {
 async fn read(
     imds: Option<Imds>,
     endpoint: Option<String>,
-    surroundings: Surroundings,
+    surroundings: Option<Surroundings>,
     config: Config,
     deadline: Instant,
 ) -> Answer {
     let mut imds = match imds {
         Some(imds) => imds,
-        None => match Imds::connect(endpoint.as_deref(), &surroundings, deadline).await {
+        None => match Imds::connect(endpoint.as_deref(), &surroundings.unwrap_or_default(), deadline).await {
             Ok(imds) => imds,
             Err(error) => return (None, Err(error.into())),
         },
