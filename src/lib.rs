@@ -33,4 +33,6 @@ pub mod reconcile;
 pub mod release;
 pub mod report;
 pub mod selection;
+pub mod snapshot;
+pub mod snapshot_file;
 pub mod status;

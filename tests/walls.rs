@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 26] = [
+const FLOW: [&str; 28] = [
     "net",
     "config",
     "eni",
@@ -22,12 +22,14 @@ const FLOW: [&str; 26] = [
     "fib",
     "explain",
     "ledger",
+    "snapshot",
     "release",
     "report",
     "config_files",
     "imds",
     "lock",
     "netlink",
+    "snapshot_file",
     "reconcile",
     "status",
     "cli",
@@ -35,7 +37,7 @@ const FLOW: [&str; 26] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 17] = [
+const PURE: [&str; 18] = [
     "net",
     "config",
     "eni",
@@ -51,6 +53,7 @@ const PURE: [&str; 17] = [
     "plan",
     "fib",
     "explain",
+    "snapshot",
     "release",
     "status",
 ];
