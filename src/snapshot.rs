@@ -211,14 +211,15 @@ impl Pseudonyms {
     }
 
     fn word(&mut self, word: &Word) -> String {
-        let text = word.text.trim_end_matches(['.', ':']);
-        let rest = &word.text[text.len()..];
-        let replaced = match text.parse() {
-            Ok(address) => self.address(address, word.length).unwrap_or_else(|| text.into()),
-            // A port behind an address, or fields of an ARN.
-            Err(_) => text.split(':').map(|part| self.part(part, word.length)).collect::<Vec<_>>().join(":"),
-        };
-        replaced + rest
+        let Word { text, length, .. } = *word;
+        if let Ok(address) = text.parse() {
+            return self.address(address, length).unwrap_or_else(|| text.into());
+        }
+        // The end of a sentence, a port behind an address, or fields of an ARN.
+        match (text.strip_suffix(['.', ':']), text.chars().last()) {
+            (Some(text), Some(end)) => format!("{}{end}", self.word(&Word { text, ..*word })),
+            _ => text.split(':').map(|part| self.part(part, length)).collect::<Vec<_>>().join(":"),
+        }
     }
 
     fn part(&mut self, text: &str, length: Option<u8>) -> String {
@@ -341,8 +342,8 @@ mod tests {
                 "192.0.2.0/32 192.0.2.0/24 192.0.2.0:80 dev=192.0.2.0",
             ),
             ("arn:aws:iam::123456789012:role/a 123456789012", "arn:aws:iam::000000000001:role/a 000000000001"),
-            ("2600:1f16:67f:f201::14/128", "3fff::f201:0:0:0:14/128"),
-            ("2600:1f16:67f:f201:0:0:0:0/64 2600:1f16:67f:f201::14", "3fff:0:0:f201::/64 3fff::f201:0:0:0:14"),
+            ("2600:1f16:67f:f201::14/128", "3fff:0:0:f201::14/128"),
+            ("2600:1f16:67f:f201:0:0:0:0/64 2600:1f16:67f:f201::14", "3fff:0:0:f201::/64 3fff:0:0:f201::14"),
             ("2600:1f16:67f::1 2a05:d018:1:2::1", "3fff::1 3fff:0:1:2::1"),
             ("2600:1f10::/44 2600:1f10:f::1 2600:1f11::1", "3fff::/44 3fff:0:f::1 3fff:0:10::1"),
             ("http://[2600:1f16:67f::1]:80/", "http://[3fff::1]:80/"),
