@@ -14,6 +14,7 @@ use tracing::level_filters::LevelFilter;
 use crate::config::{self, Config, File, Settings};
 use crate::config_files::{self, Places};
 use crate::desired::desired;
+use crate::doctor::{self, Diagnosis, Verdict};
 use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
 use crate::fib::Packet;
@@ -37,6 +38,7 @@ Examples:
   eniup status                every ENI, as metadata and the kernel have it
   eniup explain --from 10.0.1.20 --to 192.0.2.7
                               which way such a packet goes, why, and whether the VPC takes it
+  eniup doctor                what is wrong on this machine, and what to do about it
   sudo eniup release          take away everything that eniup added
   eniup snapshot -o FILE      all that eniup looks at, for a bug report; `eniup plan --snapshot FILE` looks at it again
 
@@ -155,6 +157,17 @@ enum Command {
         #[command(flatten)]
         timeout: Timeout,
     },
+    /// Look for what commonly goes wrong on a machine with several ENIs, with what to do about each. Changes nothing and needs
+    /// no privilege; exits with 1 if something fails.
+    Doctor {
+        #[command(flatten)]
+        saved: Saved,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
     /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration. For bug reports,
     /// and for the commands with --snapshot. Needs no privilege; no secret is in it.
     Snapshot {
@@ -203,9 +216,10 @@ struct Saved {
 impl Command {
     fn saved(&self) -> Option<&Path> {
         match self {
-            Command::Plan { saved, .. } | Command::Status { saved, .. } | Command::Explain { saved, .. } => {
-                saved.snapshot.as_deref()
-            }
+            Command::Plan { saved, .. }
+            | Command::Status { saved, .. }
+            | Command::Explain { saved, .. }
+            | Command::Doctor { saved, .. } => saved.snapshot.as_deref(),
             Command::Reconcile { .. } | Command::Snapshot { .. } | Command::Release { .. } | Command::Config(_) => None,
         }
     }
@@ -250,8 +264,7 @@ fn parse_mark(text: &str) -> Result<u32, std::num::ParseIntError> {
 const ANYWHERE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1))];
 
-/// A packet is explained also when metadata does not answer, so nobody waits long for it.
-const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const SOON: Duration = Duration::from_secs(3);
 
 impl Question {
     /// # Errors
@@ -301,6 +314,11 @@ impl Timeout {
     fn deadline(&self, config: &Config) -> Instant {
         // An hour is as good as for ever, and far from what an instant can hold.
         Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
+    }
+
+    /// For what has an answer also when metadata does not answer, so that nobody waits long for it.
+    fn soon(&self, config: &Config) -> Instant {
+        self.deadline(config).min(Instant::now() + self.timeout.unwrap_or(SOON))
     }
 }
 
@@ -382,7 +400,7 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
     let saved = cli.command.saved().map(snapshot_file::read).transpose()?;
     let files = match (&cli.global.config, &saved) {
         (Some(file), _) => vec![config_files::read_one(file)],
-        (None, Some(saved)) => saved.files(),
+        (None, Some(saved)) => saved.configuration_files(),
         (None, None) => config_files::read_all(&Places::default()),
     };
     let (settings, problems) = match config::read(&files) {
@@ -422,12 +440,20 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             show_status(&status, cli.global.color, *json)
         }
         Command::Explain { question, json, timeout, saved: _ } => {
-            let deadline = timeout.deadline(&config).min(Instant::now() + timeout.timeout.unwrap_or(EXPLAIN_TIMEOUT));
+            let deadline = timeout.soon(&config);
             let explanation = match &saved {
                 Some(saved) => explain_saved(question, saved, &config)?,
                 None => read_explanation(question, endpoint, deadline, &config).await?,
             };
             show_explanation(&explanation, *json)
+        }
+        Command::Doctor { json, timeout, saved: _ } => {
+            let deadline = timeout.soon(&config);
+            let snapshot = match saved {
+                Some(saved) => saved,
+                None => snapshot_file::take(endpoint, deadline, &files, &lock::runtime_directory()).await?.0,
+            };
+            show_diagnosis(&doctor::examine(&snapshot, &config), *json)
         }
         Command::Snapshot { output, redact, timeout } => {
             let (deadline, directory) = (timeout.deadline(&config), lock::runtime_directory());
@@ -579,6 +605,14 @@ fn explain_saved(question: &Question, saved: &Snapshot, config: &Config) -> Resu
     let attached = tree.and_then(|tree| Ok(metadata::attached(&tree)?)).map_err(|error| format!("{error:#}"));
     let known = Known { observed: &observed, attached: attached.as_ref().map_err(String::clone), config };
     Ok(explain::explain(&known, &packet, &Said::Nothing(why)))
+}
+
+fn show_diagnosis(diagnosis: &Diagnosis, is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(diagnosis)?))?,
+        false => print(&diagnosis.to_string())?,
+    }
+    Ok(if diagnosis.verdict == Verdict::Fail { Exit::Failed } else { Exit::Ok })
 }
 
 fn show_snapshot(snapshot: Snapshot, output: Option<&Path>) -> Result<()> {

@@ -59,6 +59,20 @@ pub enum Answer {
     Unknown(String),
 }
 
+/// Why there is no snapshot at all, as far as remedies differ.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    SwitchedOff,
+    BadEndpoint,
+    NoClient,
+    Locked,
+    Forbidden,
+    Unauthorized,
+    NotMetadata,
+    NoAnswer,
+}
+
 /// A snapshot from which nothing can be concluded, so nothing is changed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Unusable {

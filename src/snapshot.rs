@@ -13,7 +13,8 @@ use serde_json::Value;
 
 use crate::config::File;
 use crate::ledger::Ledger;
-use crate::metadata::{SavedTree, Tree, lines};
+use crate::markers::Files;
+use crate::metadata::{Fault, SavedTree, Tree, lines};
 use crate::net::Observed;
 
 /// Raised when a key changes its meaning or goes away; keys may be added at any time.
@@ -33,12 +34,17 @@ pub struct Snapshot {
     pub is_redacted: bool,
     /// Why there is no metadata at all; nothing when there is.
     pub metadata_error: Option<String>,
+    pub metadata_fault: Option<Fault>,
+    /// Where metadata was asked for, if not where EC2 has it.
+    pub imds_endpoint: Option<String>,
     #[serde(flatten)]
     pub metadata: SavedTree,
     /// As the kernel has it, without what the ledger knows better.
     pub observed: Observed,
     pub configuration: Vec<SavedFile>,
     pub ledger: Ledger,
+    /// What others left.
+    pub files: Files,
 }
 
 /// A file, with its text or with why it could not be read.
@@ -61,10 +67,12 @@ pub struct Taken {
     pub kernel: Option<String>,
     pub taken_at: u64,
     pub uptime: Option<f64>,
-    pub tree: Result<Tree, String>,
+    pub tree: Result<Tree, (Fault, String)>,
+    pub imds_endpoint: Option<String>,
     pub observed: Observed,
-    pub files: Vec<File>,
+    pub configuration: Vec<File>,
     pub ledger: Ledger,
+    pub files: Files,
 }
 
 /// The machine had no metadata when the snapshot was taken.
@@ -81,7 +89,11 @@ impl std::error::Error for NoMetadata {}
 
 impl Snapshot {
     pub fn new(taken: Taken) -> Snapshot {
-        let Taken { kernel, taken_at, uptime, tree, observed, files, ledger } = taken;
+        let Taken { kernel, taken_at, uptime, tree, imds_endpoint, observed, configuration, ledger, files } = taken;
+        let (metadata, failure) = match tree {
+            Ok(tree) => (tree.save(), None),
+            Err(failure) => (SavedTree::default(), Some(failure)),
+        };
         Snapshot {
             schema: SCHEMA,
             eniup: env!("CARGO_PKG_VERSION").into(),
@@ -89,11 +101,14 @@ impl Snapshot {
             taken_at,
             uptime,
             is_redacted: false,
-            metadata_error: tree.as_ref().err().cloned(),
-            metadata: tree.map(|tree| tree.save()).unwrap_or_default(),
+            metadata_fault: failure.as_ref().map(|(fault, _)| *fault),
+            metadata_error: failure.map(|(_, why)| why),
+            imds_endpoint,
+            metadata,
             observed,
-            configuration: files.iter().map(SavedFile::from).collect(),
+            configuration: configuration.iter().map(SavedFile::from).collect(),
             ledger,
+            files,
         }
     }
 
@@ -128,7 +143,8 @@ impl Snapshot {
         self.ledger.clone().of_machine(&self.observed).recall(self.observed.clone(), mark)
     }
 
-    pub fn files(&self) -> Vec<File> {
+    /// The configuration's.
+    pub fn configuration_files(&self) -> Vec<File> {
         let file = |saved: &SavedFile| {
             let SavedFile { name, text, error } = saved;
             File { name: name.clone(), text: text.clone().ok_or_else(|| error.clone().unwrap_or_default()) }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::config::File;
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::ledger;
+use crate::machine_files;
 use crate::metadata::Tree;
 use crate::net::Observed;
 use crate::netlink::Netlink;
@@ -28,7 +29,7 @@ const LARGEST: u64 = 64 << 20;
 pub async fn take(
     endpoint: Option<&str>,
     deadline: Instant,
-    files: &[File],
+    configuration: &[File],
     directory: &Path,
 ) -> Result<(Snapshot, Option<imds::Error>)> {
     let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
@@ -38,10 +39,12 @@ pub async fn take(
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().into()),
         taken_at: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         uptime: uptime.and_then(|text| text.split(' ').next()?.parse().ok()),
-        tree: tree.as_ref().map(Tree::clone).map_err(|error| error.to_string()),
+        tree: tree.as_ref().map(Tree::clone).map_err(|error| (error.fault(), error.to_string())),
+        imds_endpoint: endpoint.map(String::from),
         observed,
-        files: files.to_vec(),
+        configuration: configuration.to_vec(),
         ledger: ledger::load(directory),
+        files: machine_files::read(Path::new("/")),
     });
     Ok((snapshot, tree.err()))
 }

@@ -226,7 +226,8 @@ fn a_snapshot_is_for_its_owners_eyes_and_replaces_files_alone() {
             let names = fs::read_dir(place.directory.path())?.count();
             ensure!(names == 1, "{names} files are left");
             let text = fs::read_to_string(&file)?;
-            ensure!(!text.to_lowercase().contains("token"), "{text}");
+            // As the lab's service begins every token.
+            ensure!(!text.contains("AQAEAL"), "{text}");
 
             let link = place.file("link.json");
             std::os::unix::fs::symlink(&file, &link)?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 28] = [
+const FLOW: [&str; 31] = [
     "net",
     "config",
     "eni",
@@ -22,10 +22,13 @@ const FLOW: [&str; 28] = [
     "fib",
     "explain",
     "ledger",
+    "markers",
     "snapshot",
+    "doctor",
     "release",
     "report",
     "config_files",
+    "machine_files",
     "imds",
     "lock",
     "netlink",
@@ -37,7 +40,7 @@ const FLOW: [&str; 28] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 18] = [
+const PURE: [&str; 20] = [
     "net",
     "config",
     "eni",
@@ -53,7 +56,9 @@ const PURE: [&str; 18] = [
     "plan",
     "fib",
     "explain",
+    "markers",
     "snapshot",
+    "doctor",
     "release",
     "status",
 ];
