@@ -14,12 +14,12 @@ pub fn read(root: &Path) -> Files {
     let root = root.to_string_lossy();
     let root = root.trim_end_matches('/');
     let mut files = Files::default();
-    for Wanted { pattern, has_text } in WANTED {
+    for Wanted { pattern, word } in WANTED {
         // The patterns are ours and are valid; what cannot be listed is not there for us.
         let paths = glob::glob(&format!("{}{pattern}", glob::Pattern::escape(root))).into_iter().flatten().flatten();
         for path in paths {
             let name = path.to_string_lossy().strip_prefix(root).map(String::from);
-            if let (Some(name), Some(found)) = (name, found(&path, has_text)) {
+            if let (Some(name), Some(found)) = (name, found(&path, word)) {
                 files.0.insert(name, found);
             }
         }
@@ -27,18 +27,19 @@ pub fn read(root: &Path) -> Files {
     files
 }
 
-fn found(path: &Path, has_text: bool) -> Option<Found> {
+fn found(path: &Path, word: Option<&str>) -> Option<Found> {
     let is_masked = fs::read_link(path).is_ok_and(|target| target == Path::new("/dev/null"));
-    if is_masked {
-        return Some(Found::Masked);
-    }
-    if !has_text {
-        return Some(Found::There);
-    }
+    let Some(word) = word.filter(|_| !is_masked) else {
+        return Some(if is_masked { Found::Masked } else { Found::There });
+    };
     let mut bytes = Vec::new();
     let read = fs::File::open(path).and_then(|file| file.take(LARGEST).read_to_end(&mut bytes));
     match read {
-        Ok(_) => Some(Found::Text(String::from_utf8_lossy(&bytes).into_owned())),
+        Ok(_) => {
+            let text = String::from_utf8_lossy(&bytes);
+            let kept = text.lines().filter(|line| line.contains(word)).map(|line| format!("{line}\n"));
+            Some(Found::Text(kept.collect()))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => None,
         Err(error) => Some(Found::Unreadable(error.to_string())),
     }

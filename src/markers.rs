@@ -5,34 +5,39 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// A pattern (`*` is any name) and whether the text matters. Of files that may hold a secret only that they are there.
+/// A pattern (`*` is any name) and what is kept of the text: the lines with this word, or only that the file is there.
+/// Nothing more is read into a snapshot, since others keep secrets in such files.
 pub struct Wanted {
     pub pattern: &'static str,
-    pub has_text: bool,
+    pub word: Option<&'static str>,
+}
+
+const fn lines(pattern: &'static str, word: &'static str) -> Wanted {
+    Wanted { pattern, word: Some(word) }
 }
 
 const fn text(pattern: &'static str) -> Wanted {
-    Wanted { pattern, has_text: true }
+    lines(pattern, "")
 }
 
 const fn presence(pattern: &'static str) -> Wanted {
-    Wanted { pattern, has_text: false }
+    Wanted { pattern, word: None }
 }
 
 pub const WANTED: [Wanted; 32] = [
     text("/proc/sys/net/ipv4/ip_forward"),
     text("/proc/sys/net/ipv6/conf/all/forwarding"),
     text("/proc/sys/net/ipv4/conf/*/rp_filter"),
-    text("/proc/self/net/netstat"),
+    lines("/proc/self/net/netstat", "TcpExt:"),
     // systemd-networkd: the state of each link by index, and networkd.conf(5) with its drop-ins.
-    text("/run/systemd/netif/links/*"),
-    text("/etc/systemd/networkd.conf"),
-    text("/usr/lib/systemd/networkd.conf.d/*.conf"),
-    text("/usr/local/lib/systemd/networkd.conf.d/*.conf"),
-    text("/run/systemd/networkd.conf.d/*.conf"),
-    text("/etc/systemd/networkd.conf.d/*.conf"),
-    // NetworkManager: the state of each link by index. What it is to connect with holds secrets and is elsewhere.
-    text("/run/NetworkManager/devices/*"),
+    lines("/run/systemd/netif/links/*", "ADMIN_STATE="),
+    lines("/etc/systemd/networkd.conf", "ManageForeign"),
+    lines("/usr/lib/systemd/networkd.conf.d/*.conf", "ManageForeign"),
+    lines("/usr/local/lib/systemd/networkd.conf.d/*.conf", "ManageForeign"),
+    lines("/run/systemd/networkd.conf.d/*.conf", "ManageForeign"),
+    lines("/etc/systemd/networkd.conf.d/*.conf", "ManageForeign"),
+    // NetworkManager: the state of each link by index.
+    lines("/run/NetworkManager/devices/*", "managed="),
     // ifupdown, and ifupdown-ng as Alpine has it: the links that they have brought up.
     text("/run/network/ifstate"),
     text("/run/ifstate"),
@@ -48,8 +53,8 @@ pub const WANTED: [Wanted; 32] = [
     // nm-cloud-setup: enabled when one of these links is there, and by this variable for EC2.
     presence("/etc/systemd/system/*.wants/nm-cloud-setup.*"),
     presence("/etc/systemd/system/nm-cloud-setup.*"),
-    text("/usr/lib/systemd/system/nm-cloud-setup.service.d/*.conf"),
-    text("/etc/systemd/system/nm-cloud-setup.service.d/*.conf"),
+    lines("/usr/lib/systemd/system/nm-cloud-setup.service.d/*.conf", "NM_CLOUD_SETUP_EC2"),
+    lines("/etc/systemd/system/nm-cloud-setup.service.d/*.conf", "NM_CLOUD_SETUP_EC2"),
     // cloud-init writes its rule when hotplug is enabled, and only then (cloudinit/config/cc_install_hotplug.py); older
     // versions by the first name.
     presence("/etc/udev/rules.d/10-cloud-init-hook-hotplug.rules"),
@@ -69,6 +74,7 @@ pub const WANTED: [Wanted; 32] = [
 #[serde(rename_all = "snake_case")]
 pub enum Found {
     There,
+    /// As much of it as is wanted.
     Text(String),
     /// A link to /dev/null: so systemd and udev are told that a file of this name in another folder does not count.
     Masked,

@@ -30,7 +30,11 @@ fn parse(text: &str) -> Result<Vec<Value>> {
 
 /// What the check of this id comes to on the machine.
 fn look(machine: &Machine, id: &str) -> Result<Value> {
-    let run = machine.eniup("doctor --timeout 500ms --json")?;
+    look_for(machine, id, "")
+}
+
+fn look_for(machine: &Machine, id: &str, arguments: &str) -> Result<Value> {
+    let run = machine.eniup(&format!("doctor --json {arguments}"))?;
     let checks = parse(&run.stdout).with_context(|| run.stderr)?;
     let failed = checks.iter().any(|check| check["verdict"] == "fail");
     ensure!(run.exit == i32::from(failed), "exit {}", run.exit);
@@ -104,6 +108,15 @@ fn what_is_wrong_with_links_addresses_and_ways_is_found() {
         finds(two, "D-DRIFT", &bare, "warn", &["1 change", "rule add priority 24001"], "sudo eniup reconcile")?;
         let somebody = ["rule add priority 50 from 10.0.1.20 lookup main"];
         finds(two, "D-ASYM", &somebody, "fail", &leaves, "eniup explain --from 10.0.1.20")?;
+        let to_a_subnet = ["rule add priority 50 from 10.0.1.20 to 10.0.0.0/24 lookup main"];
+        finds(
+            two,
+            "D-ASYM",
+            &to_a_subnet,
+            "fail",
+            &["to 10.0.0.", "leaves by eth01"],
+            "eniup explain --from 10.0.1.20",
+        )?;
         let nowhere = ["route del default via 10.0.1.1 dev eth02 table 20001"];
         finds(two, "D-ASYM", &nowhere, "fail", &["10.0.1.20", "goes nowhere"], "sudo eniup reconcile")?;
         let exact = ["rule del priority 20001 from 10.0.1.20/31"];
@@ -127,6 +140,8 @@ fn what_is_wrong_with_links_addresses_and_ways_is_found() {
             &["eth02 (eni-02)", "metric 50", "metric 100"],
             delete,
         )?;
+        let equal = format!("{default} 100").replace("add", "append");
+        finds(two, "D-DEFAULT", &[&equal], "fail", &["eth02 (eni-02)", "metric 100"], delete)?;
         finds(two, "D-DEFAULT", &[&format!("{default} 500")], "warn", &["eth02 (eni-02)", "metric 500"], delete)
     });
 }
@@ -246,6 +261,41 @@ fn a_container_that_enis_addresses_do_not_reach_is_found() {
 }
 
 #[test]
+fn networks_that_are_not_the_enis_are_left_out() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            for command in [
+                // A container with an address of its own, a full tunnel in OpenVPN's manner, and a network behind a tunnel that
+                // has the address by which the internet is asked for.
+                "link add cni0 type veth peer name pod",
+                "link set cni0 up",
+                "route add 10.0.3.7/32 dev cni0",
+                "link add tun0 type veth peer name far",
+                "link set tun0 up",
+                "route add 0.0.0.0/1 dev tun0",
+                "route add 128.0.0.0/1 dev tun0",
+                "route add 192.0.2.0/24 dev tun0",
+            ] {
+                ip(command)?;
+            }
+            machine.reconcile(0)?;
+            for id in ["D-CONTAINER", "D-ASYM", "D-SAMESUBNET"] {
+                assert_passes(machine, id)?;
+            }
+            // The link of an ENI that is not ready is no container's.
+            ip("route add 10.0.1.0/24 dev eth03")?;
+            let mut leaves = read_leaves(&scenario(SHARED)?.folder.join("metadata.json"))?;
+            leaves.insert("network/interfaces/macs/02:00:00:00:00:03/device-number".into(), "0".into());
+            machine.publish(leaves);
+            assert_passes(machine, "D-CONTAINER")?;
+            ip("rule del priority 19900")?;
+            let words = ["sends to 10.0.3.7", "cni0, which has 10.0.3.7/32"];
+            assert_finds(&look(machine, "D-CONTAINER")?, "fail", &words, "eniup")
+        })
+    });
+}
+
+#[test]
 fn each_trouble_with_metadata_has_its_own_remedy() {
     inside(|| {
         with_two_enis(|machine| {
@@ -258,12 +308,14 @@ fn each_trouble_with_metadata_has_its_own_remedy() {
                 (always("mac", Action::Status(404)), "no key `mac`", "eniup snapshot"),
             ] {
                 machine.service.set_faults(Faults { rules: vec![rule.clone()], ..Faults::default() });
-                let found = assert_finds(&look(machine, "D-IMDS")?, "fail", &[evidence], fix);
-                found.with_context(|| format!("{rule:?}"))?;
-                // What builds on it is not called right.
-                for id in ["D-HOTPLUG", "D-MISSING-IP", "D-ASYM", "D-DEFAULT", "D-DRIFT"] {
-                    ensure!(look(machine, id)?["verdict"] == "skip", "{id} passes without metadata");
-                }
+                let check = look_for(machine, "D-IMDS", "--timeout 500ms")?;
+                assert_finds(&check, "fail", &[evidence], fix).with_context(|| format!("{rule:?}"))?;
+            }
+            // What builds on it is not called right.
+            let checks = parse(&machine.eniup("doctor --json --timeout 500ms")?.stdout)?;
+            for check in &checks[1..] {
+                let needs_none = ["D-RIVAL", "D-CNI"].contains(&check["id"].as_str().unwrap_or_default());
+                ensure!(needs_none || check["verdict"] == "skip", "{check:#}");
             }
             machine.service.set_faults(Faults::default());
             let own = look(machine, "D-IMDS")?;
@@ -310,8 +362,9 @@ fn a_reverse_path_filter_that_drops_what_comes_in_is_found() {
             checks.into_iter().find(|check| check["id"] == "D-RPF").context("no D-RPF")
         };
         let web = lab.node("web")?;
-        for link in ["all", "ens5", "ens6"] {
-            web.sysctl(&format!("ipv4/conf/{link}/rp_filter"), "1")?;
+        // The larger one of a link and of all counts.
+        for (link, value) in [("all", "0"), ("ens5", "0"), ("ens6", "0"), ("all", "1")] {
+            web.sysctl(&format!("ipv4/conf/{link}/rp_filter"), value)?;
         }
         // As DHCP on every link and nothing else leaves it.
         web.enter(|| {
@@ -345,10 +398,7 @@ fn an_mtu_that_is_configured_is_no_finding() {
             fs::write(&file, "[[eni]]\nid = \"eni-02\"\nmtu = 1400\n")?;
             let configured = format!("--config {}", file.display());
             ensure!(machine.eniup(&format!("reconcile {configured}"))?.exit == 0);
-            let mtu = |arguments: &str| -> Result<Value> {
-                let checks = parse(&machine.eniup(&format!("doctor --json {arguments}"))?.stdout)?;
-                checks.into_iter().find(|check| check["id"] == "D-MTU").context("no D-MTU")
-            };
+            let mtu = |arguments: &str| look_for(machine, "D-MTU", arguments);
             ensure!(mtu(&configured)?["verdict"] == "pass" && mtu("")?["verdict"] == "warn");
             Ok(())
         })
@@ -449,7 +499,9 @@ fn a_network_manager_is_named_with_the_line_that_keeps_it_off() {
             let networkd = |index: u32| format!("/run/systemd/netif/links/{index}");
             machine.write(&networkd(second), "ADMIN_STATE=unmanaged\n")?;
             machine.assert_passes("D-MANAGER")?;
-            machine.write(&networkd(first), "# private\nADMIN_STATE=configured\n")?;
+            machine.write(&networkd(first), "DNS=private\nADMIN_STATE=configured\n")?;
+            let kept = machine_files::read(machine.root.path()).0.remove(&networkd(first));
+            ensure!(kept == Some(Found::Text("ADMIN_STATE=configured\n".into())), "{kept:?}");
             assert_finds(
                 &machine.check("D-MANAGER")?,
                 "warn",
@@ -499,6 +551,21 @@ fn a_network_manager_is_named_with_the_line_that_keeps_it_off() {
                 assert_finds(&check, "warn", &[&format!("{name} manages eth02")], fix).context(path)?;
             }
             Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_machine_with_one_eni_has_nothing_that_networkd_could_delete() {
+    inside(|| {
+        with_scenario("one-eni-gets-its-secondary-addresses", |machine| {
+            machine.reconcile(0)?;
+            let machine = Elsewhere::new(machine)?;
+            machine.write(
+                &format!("/run/systemd/netif/links/{}", machine.index_of("eth01")?),
+                "ADMIN_STATE=configured\n",
+            )?;
+            machine.assert_passes("D-MANAGER")
         })
     });
 }

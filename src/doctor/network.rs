@@ -10,7 +10,7 @@ use super::{Facts, Finding, Findings, Placed};
 use crate::eni::{Eni, Reason};
 use crate::fib::{Packet, Way, lookup};
 use crate::metadata::Fault;
-use crate::net::{Address, Family, HasFamily, Route, RouteKind};
+use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind};
 use crate::operation::{LinkChange, Operation};
 use crate::place::TroubleKind;
 use crate::policy;
@@ -190,21 +190,18 @@ const ANYWHERE: [IpAddr; 2] =
 
 /// An address of the network that is not this machine's own.
 fn somebody_in(net: IpNet, facts: &Facts) -> Option<IpAddr> {
-    net.hosts().skip(1).take(1 << 16).find(|address| !facts.has(*address))
-}
-
-fn subnets_of(eni: &Eni) -> Vec<IpNet> {
-    eni.all_subnets()
+    net.hosts().take(1 << 16).find(|address| !facts.has(*address))
 }
 
 pub fn asymmetry(facts: &Facts) -> Findings {
-    let placed = facts.placed()?;
+    let (placed, specifics) = (facts.placed()?, specific_routes(facts)?);
     let mut findings = Vec::new();
     for Placed { eni, link, .. } in facts.secondaries()? {
-        let own = subnets_of(eni);
-        let others = placed.iter().flat_map(|other| subnets_of(other.eni)).filter(|net| !own.contains(net));
+        let own = eni.all_subnets();
+        let others = placed.iter().flat_map(|other| other.eni.all_subnets()).filter(|net| !own.contains(net));
         let others: BTreeSet<IpNet> = others.collect();
         let destinations = others.into_iter().filter_map(|net| somebody_in(net, facts)).chain(ANYWHERE);
+        let destinations = destinations.filter(|to| !specifics.iter().any(|(_, route)| route.destination.contains(to)));
         let strays = facts.strays(eni, link.index, &destinations.collect::<Vec<_>>());
         findings.extend(facts.stray_finding(&strays, &format!("{} ({})", link.name, eni.id)));
     }
@@ -216,8 +213,8 @@ pub fn same_subnet(facts: &Facts) -> Findings {
     let mut findings = Vec::new();
     for Placed { mac, eni, link } in &placed {
         let others = placed.iter().filter(|other| other.mac != *mac);
-        let others: BTreeSet<IpNet> = others.flat_map(|other| subnets_of(other.eni)).collect();
-        let shared = subnets_of(eni).into_iter().filter(|net| others.contains(net));
+        let others: BTreeSet<IpNet> = others.flat_map(|other| other.eni.all_subnets()).collect();
+        let shared = eni.all_subnets().into_iter().filter(|net| others.contains(net));
         let destinations: Vec<IpAddr> = shared.filter_map(|net| somebody_in(net, facts)).collect();
         let strays = facts.strays(eni, link.index, &destinations);
         findings.extend(facts.stray_finding(&strays, &format!("{} ({})", link.name, eni.id)));
@@ -228,23 +225,33 @@ pub fn same_subnet(facts: &Facts) -> Findings {
 /// Where a program that binds to no address reaches a network by a link that is no ENI's, an ENI's address has to as well.
 pub fn containers(facts: &Facts) -> Findings {
     let placed = facts.placed()?;
-    let is_eni = |index: u32| placed.iter().any(|placed| placed.link.index == index);
     let mut findings = Vec::new();
-    for (index, route) in main_routes(facts).filter(|(_, route)| route.destination.prefix_len() > 7) {
-        let is_link_local = route.destination == policy::IPV6_LINK_LOCAL || route.destination.addr().is_multicast();
-        let Some(to) = somebody_in(route.destination, facts).filter(|_| !is_eni(index) && !is_link_local) else {
-            continue;
-        };
-        let is_reached =
-            matches!(lookup(&facts.observed, &packet(None, to)).way, Way::Out { link, .. } if link == index);
+    for (index, Route { destination, .. }) in specific_routes(facts)? {
+        let Some(to) = somebody_in(*destination, facts) else { continue };
+        let way = lookup(&facts.observed, &packet(None, to)).way;
+        let is_reached = matches!(way, Way::Out { link, .. } if link == index);
+        let owner = format!("{}, which has {destination}", facts.link_name(index));
         for Placed { eni, .. } in placed.iter().filter(|_| is_reached) {
-            let strays = facts.strays(eni, index, &[to]);
-            findings.extend(
-                facts.stray_finding(&strays, &format!("{}, which has {}", facts.link_name(index), route.destination)),
-            );
+            findings.extend(facts.stray_finding(&facts.strays(eni, index, &[to]), &owner));
         }
     }
     Ok(findings)
+}
+
+/// What `main` has for certain destinations by links that are no ENI's: containers, bridges, tunnels.
+fn specific_routes<'a>(facts: &'a Facts) -> Result<Vec<(u32, &'a Route)>, String> {
+    let attached = &facts.metadata()?.attached;
+    let is_listed = |mac: &MacAddr| {
+        attached.ready.contains_key(mac) || attached.pending.contains_key(mac) || attached.ignored.contains_key(mac)
+    };
+    let is_eni = |index: &u32| {
+        let link = facts.observed.links.get(index).filter(|link| policy::can_be_eni(link));
+        link.and_then(|link| link.mac).is_some_and(|mac| is_listed(&mac))
+    };
+    let is_everybodys = |net: &IpNet| *net == policy::IPV6_LINK_LOCAL || net.addr().is_multicast();
+    let is_specific = |net: &IpNet| u32::from(net.prefix_len()) > policy::GUARD_PREFIX_LENGTH && !is_everybodys(net);
+    let routes = main_routes(facts).filter(|(index, route)| !is_eni(index) && is_specific(&route.destination));
+    Ok(routes.collect())
 }
 
 /// Those that lead somewhere, each with the index of its link.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Facts, Finding, Findings, Placed};
+use crate::eni::Attached;
 use crate::markers::{Files, Found};
 use crate::net::{Link, Mark, Rule};
 use crate::operation::Operation;
@@ -75,7 +76,7 @@ pub fn renew(facts: &Facts, link: &Link) -> String {
     let name = &link.name;
     match owner_of(&facts.snapshot.files, link) {
         Some(Owner::Networkd) => format!("sudo networkctl renew {name}"),
-        Some(Owner::NetworkManager) => format!("sudo nmcli device reapply {name}"),
+        Some(Owner::NetworkManager) => format!("sudo nmcli device connect {name}"),
         Some(Owner::Ifupdown) => format!("sudo ifup --force {name}"),
         Some(Owner::Dhcpcd) => format!("sudo dhcpcd -n {name}"),
         None => format!("have the distribution's DHCP client configure {name}: eniup leaves that to it"),
@@ -92,27 +93,41 @@ pub fn keep_off_default(facts: &Facts, link: &Link) -> String {
 
 pub fn manager(facts: &Facts) -> Findings {
     let files = &facts.snapshot.files;
-    let is_networkd = |link: &Link| owner_of(files, link) == Some(Owner::Networkd);
-    let mut findings = Vec::new();
-    let networkd = NetworkdConf::of(files);
-    if let (Some(link), false) =
-        (facts.observed.links.values().find(|link| is_networkd(link)), networkd.spares_others())
-    {
-        let evidence = format!(
-            "systemd-networkd, which manages {}, deletes routes and rules that are not its own whenever it restarts or is reloaded",
-            link.name
-        );
-        let fix = "printf '[Network]\\nManageForeignRoutes=no\\nManageForeignRoutingPolicyRules=no\\n' | \
-                   sudo tee /etc/systemd/networkd.conf.d/zz-eniup.conf && sudo systemctl restart systemd-networkd";
-        findings.push(Finding::warn(evidence, format!("sudo mkdir -p /etc/systemd/networkd.conf.d && {fix}")));
-    }
-    for Placed { eni, link, .. } in facts.secondaries().unwrap_or_default() {
+    let mut findings: Vec<Finding> = deleting_networkd(facts).into_iter().collect();
+    let secondaries = match facts.secondaries() {
+        Err(why) if findings.is_empty() => return Err(why),
+        secondaries => secondaries.unwrap_or_default(),
+    };
+    for Placed { eni, link, .. } in secondaries {
         if let Some(owner) = owner_of(files, link) {
             let evidence = format!("{} manages {}, the link of {}, as well", owner.name(), link.name, eni.id);
             findings.push(Finding::warn(evidence, owner.keep_off(link)));
         }
     }
     Ok(findings)
+}
+
+/// networkd that deletes what is not its own, on a machine where eniup has or may have something to lose.
+fn deleting_networkd(facts: &Facts) -> Option<Finding> {
+    let files = &facts.snapshot.files;
+    let is_networkd = |link: &&Link| owner_of(files, link) == Some(Owner::Networkd);
+    let link = facts.observed.links.values().find(is_networkd)?;
+    let is_alone = facts.metadata().is_ok_and(|metadata| {
+        let Attached { ready, pending, .. } = &metadata.attached;
+        ready.len() + pending.len() < 2
+    });
+    let has_rules = facts.observed.rules.iter().any(|rule| policy::owns_rule(facts.config, rule));
+    if NetworkdConf::of(files).spares_others() || is_alone && !has_rules {
+        return None;
+    }
+    let evidence = format!(
+        "systemd-networkd, which manages {}, deletes routes and rules that are not its own when it restarts or reloads",
+        link.name
+    );
+    let fix = "sudo mkdir -p /etc/systemd/networkd.conf.d && \
+               printf '[Network]\\nManageForeignRoutes=no\\nManageForeignRoutingPolicyRules=no\\n' | \
+               sudo tee /etc/systemd/networkd.conf.d/zz-eniup.conf && sudo systemctl restart systemd-networkd";
+    Some(Finding::warn(evidence, fix))
 }
 
 /// Where drop-ins of networkd.conf(5) are, each folder overriding those before it.
@@ -281,7 +296,9 @@ pub fn cni(facts: &Facts) -> Findings {
     let Some((name, sign)) = cni_sign(facts).filter(|_| !is_configured) else { return Ok(Vec::new()) };
     let primary = facts.primary().ok().flatten().map_or("eni-…", |placed| &placed.eni.id);
     let evidence = format!("{name} is here ({sign}) and may have ENIs of its own; eniup would configure them");
-    let fix =
-        format!("printf '[[manage]]\\nid = \"{primary}\"\\n' | sudo tee /etc/eniup/config.toml   (and your own ENIs)");
+    let fix = format!(
+        "sudo mkdir -p /etc/eniup/config.d && printf '[[manage]]\\nid = \"{primary}\"\\n' | \
+         sudo tee /etc/eniup/config.d/cni.toml, and more of these for your own ENIs"
+    );
     Ok(vec![Finding::warn(evidence, fix)])
 }
