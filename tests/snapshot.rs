@@ -275,6 +275,30 @@ fn what_is_no_snapshot_is_named_with_what_is_wrong() {
     });
 }
 
+/// Before Linux 5.18 the kernel forgets our mark on addresses, and the ledger has it.
+#[test]
+fn a_snapshot_of_an_old_kernel_knows_our_addresses_by_its_ledger() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let mut snapshot = Snapshot::from_json(&machine.eniup("snapshot")?.stdout)?;
+            let forget = |(index, address)| (index, eniup::net::Address { protocol: 0, ..address });
+            let known = std::mem::take(&mut snapshot.observed.addresses);
+            let ours: BTreeSet<_> = known.iter().filter(|(_, address)| address.protocol == 176).copied().collect();
+            ensure!(!ours.is_empty(), "{known:?}");
+            snapshot.observed.addresses = known.into_iter().map(forget).collect();
+            let place = Place::new()?;
+            let file = place.file("old.json");
+            fs::write(&file, snapshot.to_json()?)?;
+            let recalled = Snapshot::from_json(&fs::read_to_string(&file)?)?.observed(176).addresses;
+            ensure!(recalled.into_iter().filter(|(_, address)| address.protocol == 176).eq(ours));
+            let plan = elsewhere(&format!("plan --detailed-exitcode --snapshot {}", file.display()))?;
+            ensure!(plan.exit == 0 && plan.stdout.is_empty(), "{}", plan.stdout);
+            Ok(())
+        })
+    });
+}
+
 /// The addresses of a text that are anybody's on the internet.
 fn public_addresses(text: &str) -> BTreeSet<IpAddr> {
     let words = text.split(|c: char| !(c.is_ascii_hexdigit() || c == '.' || c == ':'));
