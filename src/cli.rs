@@ -4,17 +4,20 @@ use std::fs;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::config::{self, Config, File, Settings};
 use crate::config_files::{self, Places};
+use crate::confirm::{self, Verdict};
 use crate::desired::desired;
-use crate::doctor::{self, Diagnosis, Verdict};
+use crate::doctor::{self, Diagnosis};
 use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
 use crate::fib::Packet;
@@ -24,17 +27,22 @@ use crate::metadata::{self, Tree};
 use crate::net::{Link, Observed};
 use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
+use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::selection::select;
 use crate::snapshot::{NoMetadata, Snapshot};
 use crate::snapshot_file;
 use crate::status::{Status, Text, status};
+use crate::stderr::Unhindered;
+use crate::trial::InTheWay;
 
 const EXAMPLES: &str = "\
 Examples:
   eniup plan                  what would change, as ip(8) commands; changes nothing
   sudo eniup reconcile        make the kernel agree with instance metadata
+  sudo eniup reconcile --confirm 60   the same, and undo it after 60 s unless somebody types:
+  sudo eniup confirm          keep what the run on trial did
   eniup status                every ENI, as metadata and the kernel have it
   eniup explain --from 10.0.1.20 --to 192.0.2.7
                               which way such a packet goes, why, and whether the VPC takes it
@@ -44,7 +52,7 @@ Examples:
 
 Exit codes:
   0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
-  64 usage   69 metadata unavailable   75 another run is busy   77 needs CAP_NET_ADMIN   78 bad configuration";
+  64 usage   69 metadata unavailable   75 another run is busy or on trial   77 needs CAP_NET_ADMIN   78 bad configuration";
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
@@ -113,6 +121,17 @@ enum Command {
         /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
         #[arg(long, conflicts_with = "dry_run")]
         automatic: bool,
+        /// Roll back to what was unless `eniup confirm` is run within this time after the changes: 60, 90s, 5m; or at once
+        /// when metadata is not reached any more by the primary ENI, or on Ctrl-C. A terminal or SSH session that goes
+        /// away does not stop it. Meanwhile, and after a rollback until somebody reconciles by hand, automatic runs do
+        /// nothing.
+        #[arg(long, value_name = "SECONDS", value_parser = parse_window, conflicts_with_all = ["automatic", "dry_run"])]
+        confirm: Option<Duration>,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Keep what `eniup reconcile --confirm` has done, which is rolled back otherwise.
+    Confirm {
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -220,7 +239,11 @@ impl Command {
             | Command::Status { saved, .. }
             | Command::Explain { saved, .. }
             | Command::Doctor { saved, .. } => saved.snapshot.as_deref(),
-            Command::Reconcile { .. } | Command::Snapshot { .. } | Command::Release { .. } | Command::Config(_) => None,
+            Command::Reconcile { .. }
+            | Command::Confirm { .. }
+            | Command::Snapshot { .. }
+            | Command::Release { .. }
+            | Command::Config(_) => None,
         }
     }
 }
@@ -322,6 +345,15 @@ impl Timeout {
     }
 }
 
+/// A bare number is one of seconds: nobody who is in a hurry should have to look up units.
+fn parse_window(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().map(Duration::from_secs).ok();
+    let window =
+        seconds.or_else(|| humantime::parse_duration(text).ok()).filter(|window| policy::TRIAL.contains(window));
+    let [least, most] = [policy::TRIAL.start(), policy::TRIAL.end()].map(|end| humantime::format_duration(*end));
+    window.ok_or_else(|| format!("expected {least} to {most}, as 60, 90s or 5m"))
+}
+
 /// Runs the command of the process's arguments and gives its exit code.
 pub fn run() -> Exit {
     let cli = match Cli::try_parse() {
@@ -335,7 +367,7 @@ pub fn run() -> Exit {
             };
         }
     };
-    start_log(&cli.global);
+    start_log(&cli);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(dispatch(&cli)),
@@ -348,7 +380,14 @@ pub fn run() -> Exit {
     })
 }
 
-fn start_log(global: &Global) {
+fn start_log(cli: &Cli) {
+    let global = &cli.global;
+    // A run on trial has to go on when its terminal does not.
+    let is_on_trial = matches!(cli.command, Command::Reconcile { confirm: Some(_), .. });
+    let writer = match is_on_trial.then(Unhindered::open).flatten() {
+        Some(stderr) => BoxMakeWriter::new(Mutex::new(stderr)),
+        None => BoxMakeWriter::new(std::io::stderr),
+    };
     let level = match (global.quiet, global.verbose) {
         (true, _) => LevelFilter::ERROR,
         (false, 0) => LevelFilter::INFO,
@@ -357,7 +396,7 @@ fn start_log(global: &Global) {
     };
     tracing_subscriber::fmt()
         .with_max_level(level)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(global.color.is_for(&std::io::stderr()))
         // It would complain on stderr that stderr cannot be written, and panic since it cannot.
         .log_internal_errors(false)
@@ -385,7 +424,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<config::Problems>() {
             return Exit::BadConfiguration;
         }
-        if cause.is::<lock::Busy>() {
+        if cause.is::<lock::Busy>() || cause.is::<InTheWay>() {
             return Exit::Busy;
         }
         if cause.is::<NotPermitted>() {
@@ -415,7 +454,17 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, false, false)
         }
-        Command::Reconcile { dry_run: false, automatic, timeout } => {
+        Command::Reconcile { confirm: Some(window), timeout, .. } => {
+            check_permission()?;
+            try_out(&options(endpoint, timeout, config), *window).await
+        }
+        Command::Confirm { timeout } => {
+            check_permission()?;
+            confirm::confirm(&options(endpoint, timeout, config)).await?;
+            print("confirmed: what the run on trial did stays\n")?;
+            Ok(Exit::Ok)
+        }
+        Command::Reconcile { dry_run: false, automatic, timeout, .. } => {
             check_permission()?;
             let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
             show_report(&reconcile::reconcile(&options).await?)
@@ -493,6 +542,25 @@ fn show_settings(settings: &Settings, files: &[File], is_json: bool) -> Result<E
         false => print(&settings.to_string())?,
     }
     Ok(Exit::Ok)
+}
+
+async fn try_out(options: &Options, window: Duration) -> Result<Exit> {
+    let (report, guard) = confirm::try_out(options, window).await?;
+    let exit = show_report(&report)?;
+    let Some(guard) = guard else {
+        tracing::info!("nothing was changed, so there is nothing to confirm");
+        return Ok(exit);
+    };
+    let shown = humantime::format_duration(window);
+    tracing::warn!("this is rolled back in {shown} unless you run `eniup confirm`, here or from another session");
+    match guard.wait(options).await? {
+        Verdict::Confirmed => {
+            tracing::info!("confirmed");
+            Ok(exit)
+        }
+        Verdict::RolledBack(why) => bail!("rolled back to what was before: {why}"),
+        Verdict::Superseded => bail!("no longer on trial, and not rolled back: another run by hand has come since"),
+    }
 }
 
 fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options {
@@ -612,7 +680,7 @@ fn show_diagnosis(diagnosis: &Diagnosis, is_json: bool) -> Result<Exit> {
         true => print(&format!("{}\n", serde_json::to_string_pretty(diagnosis)?))?,
         false => print(&diagnosis.to_string())?,
     }
-    Ok(if diagnosis.verdict == Verdict::Fail { Exit::Failed } else { Exit::Ok })
+    Ok(if diagnosis.verdict == doctor::Verdict::Fail { Exit::Failed } else { Exit::Ok })
 }
 
 fn show_snapshot(snapshot: Snapshot, output: Option<&Path>) -> Result<()> {

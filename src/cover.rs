@@ -1,6 +1,8 @@
 //! Few rules: the smallest set of prefixes that covers some addresses and none of some others.
 //! Which ENI's, and at which priority, is for `desired`.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 
 use crate::net::{Family, HasFamily};
@@ -8,12 +10,17 @@ use crate::net::{Family, HasFamily};
 /// The smallest set of disjoint prefixes inside `within` that covers every member of `own` and nothing of `others`.
 /// Addresses of neither are free to be covered. All must be of one family; members outside `within` stand for themselves.
 ///
-/// It is found by descending from `within`: a prefix without any of `others` is taken whole, and no larger one could be.
+/// Each member is widened until one more bit less would take in one of `others`: what shares the longest way with it among
+/// those is next to it when they are sorted, so a thousand neighbours cost no more than a few.
 pub fn cover(own: &[IpNet], others: &[IpNet], within: IpNet) -> Vec<IpNet> {
     let (inside, outside): (Vec<IpNet>, Vec<IpNet>) = own.iter().partition(|source| within.contains(*source));
-    let others: Vec<IpNet> = others.iter().filter(|other| overlap(other, &within)).copied().collect();
-    let mut prefixes = outside;
-    descend(&inside, &others, within, &mut prefixes);
+    let near: Vec<IpNet> = others.iter().filter(|other| overlap(other, &within)).copied().collect();
+    // Disjoint, or one that contains another would stand between it and its neighbours.
+    let mut others = IpNet::aggregate(&near);
+    others.sort();
+    let widened: Vec<IpNet> = inside.into_iter().map(|source| widened(source, &others, within)).collect();
+    let is_widest = |prefix: &IpNet| !widened.iter().any(|wider| wider != prefix && wider.contains(prefix));
+    let mut prefixes: Vec<IpNet> = widened.iter().copied().filter(is_widest).chain(outside).collect();
     prefixes.sort();
     prefixes.dedup();
     prefixes
@@ -24,23 +31,27 @@ pub fn exact(own: &[IpNet]) -> Vec<IpNet> {
     IpNet::aggregate(&own.to_vec())
 }
 
-fn descend(own: &[IpNet], others: &[IpNet], within: IpNet, prefixes: &mut Vec<IpNet>) {
-    if own.is_empty() {
-        return;
+/// The widest prefix around a source that is in `within` and has nothing of `others`, which are sorted and disjoint; the source
+/// itself if one of them has a part of it.
+fn widened(source: IpNet, others: &[IpNet], within: IpNet) -> IpNet {
+    let after = others.partition_point(|other| other.network() <= source.network());
+    let neighbours = || others[after.saturating_sub(1)..].iter().take(2);
+    if neighbours().any(|other| overlap(other, &source)) {
+        return source;
     }
-    if others.is_empty() || own.contains(&within) || within.prefix_len() == within.family().bits() {
-        prefixes.push(within);
-        return;
-    }
-    for half in halves(within) {
-        let own: Vec<IpNet> = own.iter().filter(|source| half.contains(*source)).copied().collect();
-        let others: Vec<IpNet> = others.iter().filter(|other| overlap(other, &half)).copied().collect();
-        descend(&own, &others, half, prefixes);
-    }
+    let shared = neighbours().map(|other| shared_bits(source.network(), other.network())).max();
+    let length = shared.map_or(0, |shared| shared + 1).clamp(within.prefix_len(), source.prefix_len());
+    IpNet::new(source.network(), length).map_or(source, |net| net.trunc())
 }
 
-fn halves(prefix: IpNet) -> Vec<IpNet> {
-    prefix.subnets(prefix.prefix_len() + 1).map(Iterator::collect).unwrap_or_default()
+/// How many bits two addresses of one family have in common, from the left.
+fn shared_bits(a: IpAddr, b: IpAddr) -> u8 {
+    let bits = match (a, b) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => (u32::from(a) ^ u32::from(b)).leading_zeros(),
+        (IpAddr::V6(a), IpAddr::V6(b)) => (u128::from(a) ^ u128::from(b)).leading_zeros(),
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => 0,
+    };
+    bits as u8
 }
 
 /// Whether the two have an address in common.

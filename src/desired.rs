@@ -316,8 +316,12 @@ fn sources_of_rules(
     let others = other_sources(attached, mac, family);
     let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
-    for subnet in eni.subnets(family) {
-        let inside: Vec<IpNet> = own.iter().filter(|source| subnet.contains(*source)).copied().collect();
+    let subnets = eni.subnets(family);
+    for (n, &subnet) in subnets.iter().enumerate() {
+        // Should CIDRs overlap, each source is the first one's.
+        let is_new = |source: &&IpNet| !subnets[..n].iter().any(|earlier| earlier.contains(*source));
+        let inside = own.iter().filter(|source| subnet.contains(*source)).filter(is_new);
+        let inside: Vec<IpNet> = inside.copied().collect();
         if inside.is_empty() {
             continue;
         }

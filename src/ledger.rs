@@ -113,7 +113,7 @@ impl Ledger {
 
 impl Found {
     /// The first change of a setting counts: what is there later may be ours.
-    fn note(&mut self, change: &LinkChange, before: &Link) {
+    pub fn note(&mut self, change: &LinkChange, before: &Link) {
         match change {
             LinkChange::Up | LinkChange::Down => _ = self.is_up.get_or_insert(before.is_up),
             LinkChange::Mtu(_) => _ = self.mtu.get_or_insert(before.mtu),
@@ -135,7 +135,7 @@ fn path(directory: &Path) -> PathBuf {
 }
 
 /// This boot and network namespace; none when that cannot be told, and then no ledger is known to be of it.
-fn boot() -> Option<String> {
+pub fn boot() -> Option<String> {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let namespace = match namespace_cookie() {
         Some(cookie) => format!("net:{cookie}"),
@@ -195,19 +195,25 @@ fn read(directory: &Path) -> Result<Ledger> {
     Ok(if ledger.version == VERSION && is_of_this_boot { ledger } else { empty() })
 }
 
-/// Writes the ledger as a whole: a crash leaves the old one or the new one. If it cannot be written, that costs what it
-/// says and a line in the log, but no address.
+/// Writes the ledger. If it cannot be written, that costs what it says and a line in the log, but no address.
 pub fn save(ledger: &Ledger, directory: &Path) {
-    let path = path(directory);
-    let new = directory.join("ledger.json.new");
+    if let Err(error) = write_whole(&path(directory), ledger) {
+        tracing::warn!("{error:#}; going on without it");
+    }
+}
+
+/// Writes a file as a whole: a crash leaves the old one or the new one.
+///
+/// # Errors
+/// It cannot be written; then the old one stands.
+pub fn write_whole(path: &Path, content: &impl Serialize) -> Result<()> {
+    let new = path.with_extension("json.new");
     let write = || -> Result<()> {
         let mut file = fs::File::create(&new)?;
-        file.write_all(serde_json::to_string_pretty(ledger)?.as_bytes())?;
+        file.write_all(serde_json::to_string_pretty(content)?.as_bytes())?;
         file.sync_all()?;
-        fs::rename(&new, &path)?;
+        fs::rename(&new, path)?;
         Ok(())
     };
-    if let Err(error) = write() {
-        tracing::warn!("writing {}: {error:#}; going on without it", path.display());
-    }
+    write().with_context(|| format!("writing {}", path.display()))
 }

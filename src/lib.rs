@@ -12,6 +12,7 @@
 pub mod cli;
 pub mod config;
 pub mod config_files;
+pub mod confirm;
 pub mod cover;
 pub mod desired;
 pub mod doctor;
@@ -35,7 +36,10 @@ pub mod proof;
 pub mod reconcile;
 pub mod release;
 pub mod report;
+pub mod rollback;
 pub mod selection;
 pub mod snapshot;
 pub mod snapshot_file;
 pub mod status;
+pub mod stderr;
+pub mod trial;

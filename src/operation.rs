@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::net::{Address, Family, HasFamily, Mark, Route, RouteKind, Rule};
 use crate::policy::{LOCAL_TABLE, MAIN_TABLE};
 
@@ -13,7 +15,8 @@ pub struct LinkRef {
 }
 
 /// One setting of a link.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum LinkChange {
     /// 0 before the link goes up, or the kernel adds a second IPv6 default route to `main`.
     AcceptRa(i32),

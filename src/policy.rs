@@ -97,6 +97,14 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
 pub const PROOF_PAUSE: u64 = 10_000;
 
+/// How long a run on trial may wait for its confirmation: long enough to type it, and no longer than somebody sits there.
+pub const TRIAL: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+
+/// How often metadata is asked for while a run waits for its confirmation, and how many times in a row it may fail to
+/// answer: a packet or two are lost now and then, a way that is lost stays so.
+pub const WATCH_PAUSE: Duration = Duration::from_secs(2);
+pub const WATCH_FAILURES: u32 = 3;
+
 /// Kinds of software devices that can stand for an ENI's link: `veth` and `tun` do so in simulations. Any other kind
 /// is stacked on a link, or imitates its MAC (vlan, macvlan, bridge, bond), and is left alone.
 pub const LINK_KINDS: [&str; 2] = ["tun", "veth"];

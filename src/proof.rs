@@ -70,8 +70,13 @@ pub fn judge(
 ) -> Judgement {
     let mut judgement =
         Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() };
-    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    for link in &links {
         let Some(mac) = link.mac else { continue };
+        // Which of them is the ENI's cannot be told, so nothing of it is done or undone.
+        if attached.ready.contains_key(&mac) && links.iter().filter(|other| other.mac == Some(mac)).count() > 1 {
+            continue;
+        }
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
@@ -132,11 +137,20 @@ impl Own {
             let is_source_alone = rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none();
             policy::owns_rule(config, rule) && is_source_alone && tables.contains(&rule.table)
         };
-        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from);
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
+        let in_tables: BTreeSet<IpNet> = routes.iter().filter(is_subnet).map(|route| route.destination).collect();
+        // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
+        let can_be_its = |prefix: &IpNet| {
+            let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();
+            // A family that is lost as a whole has lost its subnet, too; by then the routes tell of it.
+            let known: Vec<&IpNet> =
+                if told.is_empty() { of_family(&in_tables, prefix) } else { told.iter().collect() };
+            known.is_empty() || known.iter().any(|subnet| subnet.contains(prefix))
+        };
+        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         Own {
             sources: addresses.map(|(_, address)| address.net.addr().into()).chain(prefixes).collect(),
-            subnets: routes.iter().filter(is_subnet).map(|route| route.destination).collect(),
+            subnets: in_tables.clone(),
             has_routes: !routes.is_empty(),
         }
     }
@@ -154,6 +168,12 @@ impl Own {
             subnets: self.subnets.iter().copied().collect(),
         }
     }
+}
+
+/// Subnets of a prefix's family; an IPv6 table also has the link-local one, which is every link's.
+fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet> {
+    let is_its = |subnet: &&IpNet| subnet.family() == prefix.family() && **subnet != policy::IPV6_LINK_LOCAL;
+    subnets.iter().filter(is_its).collect()
 }
 
 /// Whether metadata gives this to any ENI, whole or as part of a prefix, or to more than one.
@@ -181,5 +201,35 @@ fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
                 IpNet::V6(subnet) => eni.ipv6_subnets.push(*subnet),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::desired::desired;
+    use crate::metadata::{Tree, attached};
+    use crate::net::Family;
+    use crate::plan::{fresh_machine, plan};
+
+    /// Whether this rule stays, on a machine of which an automatic run sees for the first time that metadata lacks it.
+    fn stays(prefix: &str) -> bool {
+        let config = Config::default();
+        let snapshot = include_str!("../tests/scenarios/two-subnets-dual-stack/metadata.json");
+        let attached = attached(&Tree::from_json(snapshot).unwrap()).unwrap();
+        let mut observed = fresh_machine(&attached);
+        let table = policy::TABLE_BASE + 1;
+        let from = Some(prefix.parse().unwrap());
+        observed.rules.insert(Rule { from, ..policy::rule(&config, Family::V4, table, table) });
+        let taken = Taken { begun: 1, ended: 2 };
+        let believed = judge(&attached, &observed, &BTreeSet::new(), taken, &config).attached;
+        let plan = plan(&desired(&believed, &config), &observed, believed.primary, &config);
+        !plan.steps.iter().any(|step| step.to_string().contains(&format!("rule del priority {table} from {prefix}")))
+    }
+
+    #[test]
+    fn a_prefix_of_the_enis_subnet_stays_without_proof_and_one_of_whoever_was_in_its_slot_before_goes() {
+        assert!(stays("10.0.1.96/28"));
+        assert!(!stays("10.0.3.96/28"));
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
@@ -23,7 +23,9 @@ use crate::policy;
 use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
+use crate::rollback::rollback;
 use crate::selection::select;
+use crate::trial::{self, InTheWay, Standing, Trial};
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
@@ -65,11 +67,33 @@ impl std::error::Error for NotPermitted {}
 /// Makes the kernel agree with metadata, waiting for pending ENIs until the deadline.
 ///
 /// # Errors
-/// Nothing could be done: no lock, no metadata, no netlink, no permission. What concerns single ENIs is in the report.
+/// Nothing could be done: no lock, no metadata, no netlink, no permission, or another run's trial in the way. What
+/// concerns single ENIs is in the report.
 pub async fn reconcile(options: &Options) -> Result<Report> {
+    reconcile_noting(options, None).await
+}
+
+/// The same on trial: everything is noted before it is changed.
+///
+/// # Errors
+/// As for [`reconcile`]. What was done until then is in the trial.
+pub async fn reconcile_on_trial(options: &Options, trial: &mut Trial) -> Result<Report> {
+    reconcile_noting(options, Some(trial)).await
+}
+
+async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    make_way(&mut netlink, options).await?;
+    let report = agree(&mut netlink, options, trial.as_deref_mut()).await?;
+    if let Some(trial) = trial.filter(|trial| trial.has_begun()) {
+        trial.await_confirmation(since_boot()?, &options.directory)?;
+    }
+    Ok(report)
+}
+
+async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     // Of the first reading: what is read anew later does not make the rest younger.
@@ -81,14 +105,14 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
     let mut pause = FIRST_PAUSE;
     loop {
         let taken = Taken { begun, ended: since_boot()? };
-        let believed = believed(&all, taken, &mut netlink, options).await?;
+        let believed = believed(&all, taken, netlink, options).await?;
         // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
         let desire = |observed: &Observed| {
             attached = select(&all, &tree, observed, &options.config);
             desired(&select(&believed, &tree, observed, &options.config), &options.config)
         };
         let changes = report.changes;
-        report = converge(&mut netlink, desire, all.primary, options).await?;
+        report = converge(netlink, desire, all.primary, options, trial.as_deref_mut()).await?;
         report.troubles.extend(pending_troubles(&attached));
         report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
@@ -156,10 +180,74 @@ fn keep_sightings(ledger: &Ledger, sightings: BTreeSet<Sighting>, options: &Opti
 }
 
 /// Milliseconds since boot, time asleep included: `CLOCK_BOOTTIME`.
-fn since_boot() -> Result<u64> {
+pub fn since_boot() -> Result<u64> {
     let uptime = fs::read_to_string("/proc/uptime").context("reading /proc/uptime")?;
     let seconds = uptime.split_whitespace().next().and_then(|seconds| seconds.parse::<f64>().ok());
     Ok((seconds.context("/proc/uptime does not begin with seconds")? * 1000.0) as u64)
+}
+
+/// The last trial of this machine. The lock has to be held as long as anything is done about it.
+///
+/// # Errors
+/// No netlink.
+pub async fn last_trial(netlink: &mut Netlink, options: &Options) -> Result<Option<Trial>> {
+    let Some(trial) = trial::load_or_mend(&options.directory) else { return Ok(None) };
+    Ok(trial.is_of_machine(&netlink.links().await?).then_some(trial))
+}
+
+/// Sees to an earlier run's trial: what is still to be confirmed is not overtaken, what should have been rolled back is
+/// rolled back before anything else, and what was rolled back is done again by hand only.
+async fn make_way(netlink: &mut Netlink, options: &Options) -> Result<()> {
+    let Some(mut trial) = last_trial(netlink, options).await? else { return Ok(()) };
+    match trial.standing(since_boot()?) {
+        Standing::Confirmed | Standing::Superseded => Ok(()),
+        Standing::Waits(left) => Err(InTheWay::Waits(left).into()),
+        Standing::RolledBack(why) if options.is_automatic => Err(InTheWay::RolledBack(why).into()),
+        Standing::RolledBack(_) => trial.become_state(trial::State::Superseded, &options.directory),
+        Standing::Overdue => {
+            roll_back(&mut trial, OVERDUE, netlink, options).await?;
+            bail!(
+                "{OVERDUE}, so it was rolled back and nothing else was done; run `eniup reconcile` to have it after all"
+            )
+        }
+    }
+}
+
+/// Why a trial is rolled back by another run.
+pub const OVERDUE: &str = "an earlier run was not confirmed in time";
+
+/// Puts back what the run on trial has changed, and says so in the trial. Whoever finds it meanwhile would do the same.
+///
+/// # Errors
+/// No netlink, or not all could be put back: then the trial stays overdue.
+pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, options: &Options) -> Result<()> {
+    trial.until = trial.until.min(since_boot()?);
+    warn_of(trial.save(&options.directory));
+    let mut report = Report::default();
+    let mut failures = Vec::new();
+    for round in 0.. {
+        let ledger = ledger::load(&options.directory).of(trial.primary);
+        let patience = if round == 0 { Duration::ZERO } else { SETTLING };
+        let observed = observe_settled(netlink, &ledger, options, patience).await?;
+        let plan = rollback(&trial.before, &observed, &options.config);
+        if plan.steps.is_empty() {
+            break;
+        }
+        if round == ROUNDS {
+            bail!("rolling back ({why}) is not complete; not done: {}", unsettled(&plan.steps, &failures).join("; "));
+        }
+        note_in_ledger(&ledger, &plan, &observed, options);
+        failures = carry_out(netlink, &plan, &mut report).await?;
+    }
+    warn_of(trial.become_state(trial::State::RolledBack(why.into()), &options.directory));
+    Ok(())
+}
+
+/// A rollback does not depend on what can be written; at worst the next run does it again and finds it done.
+fn warn_of(written: Result<()>) {
+    if let Err(error) = written {
+        tracing::warn!("{error:#}; rolling back all the same");
+    }
 }
 
 /// Takes away everything that is ours. Metadata is not asked.
@@ -170,6 +258,10 @@ pub async fn release_all(options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    if let Some(mut trial) = last_trial(&mut netlink, options).await? {
+        // Before anything is taken away, or a rollback would bring some of it back.
+        trial.become_state(trial::State::Superseded, &options.directory)?;
+    }
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
@@ -196,6 +288,7 @@ async fn converge(
     mut desire: impl FnMut(&Observed) -> Desired,
     primary: MacAddr,
     options: &Options,
+    mut trial: Option<&mut Trial>,
 ) -> Result<Report> {
     let mut report = Report::default();
     let mut failures = Vec::new();
@@ -212,13 +305,20 @@ async fn converge(
             report.unsettled = unsettled(&machine, &failures);
             break;
         }
-        let ledger = before.noting(&plan.steps, &observed);
-        if ledger != before {
-            ledger::save(&ledger, &options.directory);
+        if let Some(trial) = &mut trial {
+            trial.note(&plan.steps, &observed, &options.directory)?;
         }
+        note_in_ledger(&before, &plan, &observed, options);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     Ok(report)
+}
+
+fn note_in_ledger(ledger: &Ledger, plan: &Plan, observed: &Observed, options: &Options) {
+    let noted = ledger.noting(&plan.steps, observed);
+    if noted != *ledger {
+        ledger::save(&noted, &options.directory);
+    }
 }
 
 /// What the kernel has, once it is done with what it has acknowledged.

@@ -43,13 +43,13 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
     Plan { steps, ..Plan::default() }
 }
 
-fn reference(link: &Link) -> LinkRef {
+pub fn reference(link: &Link) -> LinkRef {
     LinkRef { index: link.index, name: link.name.clone() }
 }
 
 /// The link goes down first, so that it takes no router advertisement in between; it stays up, and deaf to those, when
 /// somebody else uses it by now.
-fn changes_back(link: &Link, found: &Found, observed: &Observed, config: &Config) -> Vec<LinkChange> {
+pub fn changes_back(link: &Link, found: &Found, observed: &Observed, config: &Config) -> Vec<LinkChange> {
     let mut changes = Vec::new();
     let Found { is_up, mtu, accept_ra, altnames } = found;
     let goes_down = *is_up == Some(false) && link.is_up && !is_used_by_others(link, observed, config);

@@ -14,13 +14,13 @@ use eniup::netlink::apply::Outcome;
 use eniup::operation::Operation;
 use eniup::plan::Step;
 use eniup::release::release;
-use support::machine::{self, Machine, difference, inside, on_a_machine};
+use support::machine::{self, Kernel, Machine, difference, inside, on_a_machine};
 use support::moments::{arrange, observe, reconcile, settled_dump, ways, with_netlink};
 use support::{Scenario, plan_for, scenarios};
 
 /// The plan that a run would carry out first, noted in the ledger as that run notes it before its first operation.
 fn begin(machine: &Machine, scenario: &Scenario) -> Result<Vec<Step>> {
-    let observed = observe()?;
+    let observed = machine.believed()?;
     let steps = plan_for(&scenario.attached, &observed).steps;
     std::fs::create_dir_all(&machine.directory)?;
     ledger::save(&ledger::load(&machine.directory).noting(&steps, &observed), &machine.directory);
@@ -79,7 +79,7 @@ fn at_no_moment_of_a_run_does_an_address_that_stays_lose_its_way() {
 }
 
 /// The same end as without a kill, and so no orphan, whichever operation was the last.
-fn converges_from_every_crash_point(is_meant: impl Fn(usize) -> bool + Sync) {
+fn converges_from_every_crash_point(kernel: Kernel, is_meant: impl Fn(usize) -> bool + Sync) {
     inside(|| {
         let scenarios = scenarios()?;
         let mut points = 0;
@@ -91,6 +91,7 @@ fn converges_from_every_crash_point(is_meant: impl Fn(usize) -> bool + Sync) {
             })?;
             let mut k = 0;
             while on_a_machine(|machine| {
+                machine.kernel = kernel;
                 arrange(machine, scenario)?;
                 let steps = begin(machine, scenario)?;
                 carry_out(&steps[..k])?;
@@ -117,25 +118,45 @@ fn converges_from_every_crash_point(is_meant: impl Fn(usize) -> bool + Sync) {
 // Two halves, so that they run side by side.
 #[test]
 fn killed_after_any_operation_of_the_first_half_the_next_run_converges() {
-    converges_from_every_crash_point(|n| n % 2 == 0);
+    converges_from_every_crash_point(Kernel::Own, |n| n % 2 == 0);
 }
 
 #[test]
 fn killed_after_any_operation_of_the_second_half_the_next_run_converges() {
-    converges_from_every_crash_point(|n| n % 2 == 1);
+    converges_from_every_crash_point(Kernel::Own, |n| n % 2 == 1);
+}
+
+#[test]
+fn killed_on_a_kernel_that_forgets_the_mark_of_addresses_the_next_run_of_the_first_half_converges() {
+    converges_from_every_crash_point(Kernel::Old, |n| n % 2 == 0);
+}
+
+#[test]
+fn killed_on_a_kernel_that_forgets_the_mark_of_addresses_the_next_run_of_the_second_half_converges() {
+    converges_from_every_crash_point(Kernel::Old, |n| n % 2 == 1);
 }
 
 /// Scenarios in which a fresh machine is configured whole.
 const WHOLE: [&str; 2] = ["two-subnets-dual-stack", "three-enis-of-which-two-share"];
 
-/// The ledger is written before the first operation, so it knows whatever was done.
 #[test]
 fn release_after_a_kill_leaves_the_machine_as_it_was_found() {
+    release_after_a_kill(Kernel::Own);
+}
+
+#[test]
+fn release_after_a_kill_on_a_kernel_that_forgets_the_mark_of_addresses_does_too() {
+    release_after_a_kill(Kernel::Old);
+}
+
+/// The ledger is written before the first operation, so it knows whatever was done.
+fn release_after_a_kill(kernel: Kernel) {
     inside(|| {
         for name in WHOLE {
             let scenario = machine::scenario(name)?;
             let mut k = 0;
             while on_a_machine(|machine| {
+                machine.kernel = kernel;
                 arrange(machine, &scenario)?;
                 let found = settled_dump()?;
                 let steps = begin(machine, &scenario)?;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use support::machine::{Machine, difference, inside, ip, with_two_enis};
+use support::machine::{Kernel, Machine, difference, inside, ip, with_two_enis};
 use support::moments::settled_dump;
 
 fn path(machine: &Machine) -> PathBuf {
@@ -107,6 +107,28 @@ fn a_ledger_half_written_when_the_run_was_killed_is_as_if_it_had_not_begun() {
             ensure!(release.exit == 0, "release: {}", release.stderr);
             let difference = difference(&found, &settled_dump()?);
             ensure!(difference.is_empty(), "after release:\n{difference}");
+            Ok(())
+        })
+    });
+}
+
+/// That the mark is really forgotten in the tests that say so: without the ledger nobody knows whose an address is.
+#[test]
+fn on_a_kernel_that_forgets_the_mark_of_addresses_the_ledger_alone_says_which_are_ours() {
+    inside(|| {
+        with_two_enis(|machine| {
+            for (kernel, is_known) in [(Kernel::Own, true), (Kernel::Old, false)] {
+                machine.kernel = kernel;
+                machine.reconcile(0)?;
+                let whole = fs::read(path(machine))?;
+                fs::remove_file(path(machine))?;
+                ensure!(machine.eniup("release")?.exit == 0, "release failed");
+                let is_gone = !ip("addr show eth02")?.contains("10.0.1.20");
+                ensure!(is_gone == is_known, "{kernel:?}: without a ledger the address is gone: {is_gone}");
+                fs::write(path(machine), whole)?;
+                ensure!(machine.eniup("release")?.exit == 0, "release failed");
+                ensure!(!ip("addr show eth02")?.contains("10.0.1.20"), "{kernel:?}: the ledger's address is left over");
+            }
             Ok(())
         })
     });

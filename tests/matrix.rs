@@ -71,6 +71,15 @@ fn one_rule_for_each_address_passes_as_well() {
     });
 }
 
+#[test]
+fn a_kernel_that_forgets_the_mark_of_addresses_passes_as_well() {
+    vpc_lab::inside(|| {
+        ["distinct-subnets", "two-of-three-share", "delegated-prefixes"]
+            .into_iter()
+            .try_for_each(|name| play(name, How::OldKernel).map_err(|error| error.context(name)))
+    });
+}
+
 /// The other form is really another: a rule for each address where few would do.
 #[test]
 fn the_form_of_the_rules_is_the_one_that_was_chosen() {

@@ -1,21 +1,25 @@
-//! What happens to the machine between the look at it and the changes: a plan that is stale by then touches no wrong
-//! object, and the next look puts right what it could not do.
+//! What happens to the machine between the look at it and the changes, and what the kernel refuses: a plan that is stale by
+//! then touches no wrong object, what fails is tried again or reported, and the next look puts right what is left.
 
 mod support;
 
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::io;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use eniup::net::Observed;
 use eniup::netlink::apply::Outcome;
 use eniup::plan::Step;
-use support::machine::{Machine, command, difference, inside, ip, on_a_machine, scenario, with_two_enis};
+use support::machine::{Machine, Run, command, difference, inside, ip, on_a_machine, scenario, with_two_enis};
 use support::moments::{arrange, observe, settled_dump, with_netlink};
 use support::plan_for;
+use vpc_lab::interposer::{Datagram, Message, messages};
 
 /// Plans, lets something happen, and carries out what was planned; the outcomes, and what the kernel had in between.
 fn after(machine: &mut Machine, what_happens: &[&str]) -> Result<(Vec<(Step, Outcome)>, Observed)> {
-    let scenario = scenario("three-enis-of-which-two-share")?;
+    let scenario = scenario(THREE_ENIS)?;
     arrange(machine, &scenario)?;
     let steps = plan_for(&scenario.attached, &observe()?).steps;
     for command in what_happens {
@@ -153,3 +157,374 @@ for n in $(seq 1 250); do echo addr add 10.88.$((n / 100)).$((n % 100 + 1))/32 d
 sed 's/ add / del /' /run/add > /run/del
 while true; do ip -batch /run/add; ip -batch /run/del; done
 ";
+
+/// Two secondary ENIs, of which one is alone in its subnet.
+const THREE_ENIS: &str = "three-enis-of-which-two-share";
+
+fn error(errno: i32) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(errno))
+}
+
+fn is_dump(message: &Message) -> bool {
+    i32::from(message.flags()) & libc::NLM_F_DUMP == libc::NLM_F_DUMP
+}
+
+/// The changes that a program asks for; the kernel never hears of those that are meant, and the program is told that it refuses
+/// them.
+fn refusing(errno: i32, mut is_meant: impl FnMut(&Message) -> bool) -> impl FnMut(Datagram) -> io::Result<()> {
+    let mut refused = BTreeSet::new();
+    move |datagram| {
+        match datagram {
+            Datagram::Said(datagram) => {
+                for mut message in messages(datagram).into_iter().filter(|message| !is_dump(message)) {
+                    if is_meant(&message) {
+                        refused.insert(message.sequence());
+                        // The kernel acknowledges it and does nothing.
+                        message.set_kind(libc::NLMSG_NOOP as u16);
+                    }
+                }
+            }
+            Datagram::Told(datagram) => {
+                let is_answer = |message: &Message| i32::from(message.kind()) == libc::NLMSG_ERROR;
+                for mut message in messages(datagram).into_iter().filter(is_answer) {
+                    if refused.contains(&message.sequence()) {
+                        message.set_errno(errno);
+                    }
+                }
+            }
+            Datagram::Awaited => {}
+        }
+        Ok(())
+    }
+}
+
+/// The same run on a machine of its own, and what the kernel has after an undisturbed one.
+fn on_three_enis<T: Send>(act: impl FnOnce(&mut Machine) -> Result<T> + Send) -> Result<T> {
+    on_a_machine(|machine| {
+        arrange(machine, &scenario(THREE_ENIS)?)?;
+        act(machine)
+    })
+}
+
+fn undisturbed() -> Result<Vec<String>> {
+    on_three_enis(|machine| {
+        machine.reconcile(0)?;
+        settled_dump()
+    })
+}
+
+/// The next run puts right what is left.
+fn assert_mended(machine: &Machine, whole: &[String]) -> Result<()> {
+    machine.reconcile(0)?;
+    machine.assert_settled()?;
+    let difference = difference(whole, &settled_dump()?);
+    ensure!(difference.is_empty(), "another end than undisturbed:\n{difference}");
+    Ok(())
+}
+
+/// Which of a run's moments is meant, from 0.
+struct Moment {
+    left: Cell<usize>,
+    took_place: Cell<bool>,
+    /// What the program said last was a request for a dump.
+    is_dumping: Cell<bool>,
+}
+
+impl Moment {
+    fn is_now(&self) -> bool {
+        let is_now = self.left.get() == 0 && !self.took_place.replace(self.left.get() == 0);
+        self.left.set(self.left.get().saturating_sub(1));
+        is_now
+    }
+
+    fn listen(&self, datagram: &mut Datagram) {
+        if let Datagram::Said(said) = datagram {
+            self.is_dumping.set(messages(said).first().is_some_and(is_dump));
+        }
+    }
+}
+
+type Between<'a> = Box<dyn FnMut(Datagram) -> io::Result<()> + 'a>;
+
+/// Disturbs one moment of a run after the other, each time on a fresh machine, until there is no such moment any more; how
+/// many there were. Whatever came of it, the next run mends it.
+fn at_each_moment(
+    disturb: impl for<'a> Fn(&'a Moment) -> Between<'a> + Sync,
+    check: impl Fn(&Run) -> Result<()> + Sync,
+) -> Result<usize> {
+    let whole = undisturbed()?;
+    for n in 0.. {
+        let took_place = on_three_enis(|machine| {
+            let moment = Moment { left: Cell::new(n), took_place: Cell::new(false), is_dumping: Cell::new(false) };
+            let mut disturb = disturb(&moment);
+            let between = |mut datagram: Datagram| {
+                moment.listen(&mut datagram);
+                disturb(datagram)
+            };
+            let run = machine.eniup_with(between, "reconcile")?;
+            if moment.took_place.get() {
+                check(&run).with_context(|| format!("exit {}: {}", run.exit, run.stderr))?;
+            }
+            assert_mended(machine, &whole)?;
+            Ok(moment.took_place.get())
+        })
+        .with_context(|| format!("moment {n}"))?;
+        if !took_place {
+            return Ok(n);
+        }
+    }
+    unreachable!("a run ends")
+}
+
+fn assert_done(run: &Run) -> Result<()> {
+    ensure!(run.exit == 0, "it was not tried again");
+    Ok(())
+}
+
+#[test]
+fn a_dump_for_which_the_kernel_lacks_buffers_is_repeated() {
+    inside(|| {
+        let before_it_is_told = at_each_moment(
+            |moment| {
+                Box::new(|datagram| match datagram {
+                    Datagram::Awaited if moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    _ => Ok(()),
+                })
+            },
+            assert_done,
+        )?;
+        let and_loses_a_part = at_each_moment(
+            |moment| {
+                Box::new(|datagram| match datagram {
+                    Datagram::Told(_) if moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    _ => Ok(()),
+                })
+            },
+            assert_done,
+        )?;
+        ensure!(before_it_is_told > 12 && and_loses_a_part > 12, "{before_it_is_told} and {and_loses_a_part} dumps");
+        Ok(())
+    });
+}
+
+/// Which of the changes were made is not known then.
+#[test]
+fn an_acknowledgement_that_is_lost_for_lack_of_buffers_is_reported() {
+    inside(|| {
+        let moments = at_each_moment(
+            |moment| {
+                Box::new(|datagram| match datagram {
+                    Datagram::Told(_) if !moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    _ => Ok(()),
+                })
+            },
+            |run| {
+                ensure!(run.exit == 1 && run.stderr.contains("No buffer space available"), "it was not reported");
+                Ok(())
+            },
+        )?;
+        ensure!(moments >= 5, "only {moments} acknowledgements");
+        Ok(())
+    });
+}
+
+fn interrupt(datagram: &mut [u8]) {
+    for mut message in messages(datagram) {
+        message.set_flags(message.flags() | libc::NLM_F_DUMP_INTR as u16);
+    }
+}
+
+#[test]
+fn a_dump_that_a_change_interrupts_is_repeated() {
+    inside(|| {
+        let moments = at_each_moment(
+            |moment| {
+                Box::new(|datagram| {
+                    if let Datagram::Told(told) = datagram
+                        && moment.is_dumping.get()
+                        && moment.is_now()
+                    {
+                        interrupt(told);
+                    }
+                    Ok(())
+                })
+            },
+            assert_done,
+        )?;
+        ensure!(moments > 12, "only {moments} dumps");
+        Ok(())
+    });
+}
+
+#[test]
+fn dumps_that_are_never_whole_are_reported_and_nothing_is_changed() {
+    inside(|| {
+        on_three_enis(|machine| {
+            let found = settled_dump()?;
+            let always_interrupted = |datagram: Datagram| {
+                if let Datagram::Told(told) = datagram {
+                    interrupt(told);
+                }
+                Ok(())
+            };
+            let always_lacking = |datagram: Datagram| match datagram {
+                Datagram::Awaited => error(libc::ENOBUFS),
+                Datagram::Said(_) | Datagram::Told(_) => Ok(()),
+            };
+            for run in
+                [machine.eniup_with(always_interrupted, "reconcile")?, machine.eniup_with(always_lacking, "reconcile")?]
+            {
+                ensure!(
+                    run.exit == 1 && run.stderr.contains("interrupted by a change"),
+                    "{}: {}",
+                    run.exit,
+                    run.stderr
+                );
+                let difference = difference(&found, &settled_dump()?);
+                ensure!(difference.is_empty(), "{difference}");
+            }
+            assert_mended(machine, &undisturbed()?)
+        })
+    });
+}
+
+#[test]
+fn a_change_that_the_kernel_is_too_busy_for_is_made_in_the_next_round() {
+    inside(|| {
+        let moments = at_each_moment(|moment| Box::new(refusing(libc::EBUSY, |_| moment.is_now())), assert_done)?;
+        ensure!(moments > 30, "only {moments} changes");
+        Ok(())
+    });
+}
+
+#[test]
+fn one_that_it_is_always_too_busy_for_fails_its_eni_alone() {
+    inside(|| {
+        let whole = undisturbed()?;
+        on_three_enis(|machine| {
+            let is_meant = |message: &Message| {
+                let is_first_address = |bytes: &[u8]| bytes == [10, 0, 1, 20];
+                message.kind() == libc::RTM_NEWADDR && message.0.windows(4).any(is_first_address)
+            };
+            let run = machine.eniup_with(refusing(libc::EBUSY, is_meant), "reconcile --timeout 1s")?;
+            ensure!(run.exit == 3, "exit {}: {}", run.exit, run.stderr);
+            let told =
+                "eni-02 is failed: ip addr add 10.0.1.20/24 dev eth02 noprefixroute proto 176 (Device or resource busy";
+            ensure!(run.stderr.contains(told), "{}", run.stderr);
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI was not done");
+            assert_mended(machine, &whole)
+        })
+    });
+}
+
+#[test]
+fn a_permission_that_is_lost_in_the_middle_ends_the_run_with_77() {
+    inside(|| {
+        let moments = at_each_moment(
+            |moment| Box::new(refusing(libc::EPERM, |_| moment.is_now())),
+            |run| {
+                ensure!(run.exit == 77 && run.stderr.contains("CAP_NET_ADMIN"), "it was not told");
+                Ok(())
+            },
+        )?;
+        ensure!(moments > 30, "only {moments} changes");
+        Ok(())
+    });
+}
+
+/// A link of somebody else's that has the name of an ENI's.
+const STRANGER: &str = "link add eth02 address 02:77:00:00:00:01 type veth peer name eth02p address 02:77:00:00:00:02";
+
+/// Something happens to the link eth02 of an ENI when a run has looked and is about to send its first changes, or any later
+/// ones, each time on a fresh machine. `INDEX` is the link's.
+fn before_each_send(happens: &[&str], check: impl Fn(&Run, &Observed) -> Result<()> + Sync) -> Result<()> {
+    let sends = at_each_send(|machine, n| {
+        let index = observe()?.links.values().find(|link| link.name == "eth02").context("no eth02")?.index;
+        let lines: Vec<String> = happens.iter().map(|line| line.replace("INDEX", &index.to_string())).collect();
+        let (mut sends, mut between) = (0, None);
+        let watch = |datagram: Datagram| {
+            if let Datagram::Said(said) = datagram
+                && messages(said).first().is_some_and(|message| !is_dump(message))
+            {
+                if sends == n {
+                    between = Some(lines.iter().try_for_each(|line| ip(line).map(drop)).and_then(|()| observe()));
+                }
+                sends += 1;
+            }
+            Ok(())
+        };
+        let run = machine.eniup_with(watch, "reconcile --timeout 500ms")?;
+        let Some(between) = between.transpose()? else { return Ok(false) };
+        let check = || {
+            check(&run, &between)?;
+            machine.eniup("reconcile --timeout 500ms")?;
+            ensure!(ip("addr show eth03")?.contains("10.0.1.22/24"), "the other ENI is not done");
+            check(&run, &between).context("after another run")
+        };
+        check().with_context(|| format!("exit {}: {}", run.exit, run.stderr))?;
+        Ok(true)
+    })?;
+    ensure!(sends > 4, "only {sends} sends");
+    Ok(())
+}
+
+/// How many sends there are for which something could happen.
+fn at_each_send(happen: impl Fn(&Machine, usize) -> Result<bool> + Sync) -> Result<usize> {
+    let mut n = 0;
+    while on_three_enis(|machine| happen(machine, n)).with_context(|| format!("before send {n}"))? {
+        n += 1;
+    }
+    Ok(n)
+}
+
+#[test]
+fn a_link_that_is_renamed_before_any_send_is_configured_under_its_new_name() {
+    inside(|| {
+        before_each_send(&["link set eth02 down", "link set eth02 name ens6", STRANGER], |run, between| {
+            ensure!(run.exit == 0, "it did not converge");
+            assert_untouched("eth02", between)?;
+            ensure!(ip("addr show ens6")?.contains("10.0.1.20/24"), "the ENI's own link was not configured");
+            let rules = ip("rule")?;
+            ensure!(rules.contains("oif ens6") && !rules.contains("oif eth02"), "{rules}");
+            Ok(())
+        })
+    });
+}
+
+fn assert_waits(run: &Run) -> Result<()> {
+    ensure!(run.exit == 3 && run.stderr.contains("eni-02 is pending: no link with its MAC"), "it was not reported");
+    Ok(())
+}
+
+#[test]
+fn a_link_that_is_gone_before_any_send_is_waited_for_and_one_of_its_name_is_untouched() {
+    inside(|| {
+        before_each_send(&["link del eth02", STRANGER], |run, between| {
+            assert_waits(run)?;
+            assert_untouched("eth02", between)
+        })
+    });
+}
+
+/// The kernel gives an index anew only to somebody who asks for it. That link can have been set as an ENI's is; it keeps
+/// nothing by which packets would take another way.
+#[test]
+fn a_link_that_takes_the_index_of_one_that_is_gone_before_any_send_keeps_no_address_route_or_rule() {
+    inside(|| {
+        let stranger = STRANGER.replace("link add eth02", "link add eth02 index INDEX");
+        before_each_send(&["link del eth02", &stranger], |run, _| {
+            assert_waits(run)?;
+            let link = observe()?.links.into_values().find(|link| link.name == "eth02").context("no eth02")?;
+            ensure!(link.mac == "02:77:00:00:00:01".parse().ok(), "it is not the stranger's link: {link:?}");
+            let now = settled_dump()?;
+            let is_ours =
+                |line: &&String| line.contains("eth02") && line.contains("proto 176") || line.contains("oif eth02");
+            let left: Vec<&String> = now.iter().filter(is_ours).collect();
+            ensure!(left.is_empty(), "{left:#?}");
+            ensure!(
+                observe()?.addresses.iter().all(|(index, address)| *index != link.index || address.protocol != 176)
+            );
+            Ok(())
+        })
+    });
+}

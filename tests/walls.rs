@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 31] = [
+const FLOW: [&str; 35] = [
     "net",
     "config",
     "eni",
@@ -26,6 +26,8 @@ const FLOW: [&str; 31] = [
     "snapshot",
     "doctor",
     "release",
+    "rollback",
+    "trial",
     "report",
     "config_files",
     "machine_files",
@@ -34,13 +36,15 @@ const FLOW: [&str; 31] = [
     "netlink",
     "snapshot_file",
     "reconcile",
+    "confirm",
     "status",
+    "stderr",
     "cli",
     "main",
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 20] = [
+const PURE: [&str; 21] = [
     "net",
     "config",
     "eni",
@@ -60,6 +64,7 @@ const PURE: [&str; 20] = [
     "snapshot",
     "doctor",
     "release",
+    "rollback",
     "status",
 ];
 

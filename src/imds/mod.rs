@@ -3,8 +3,10 @@
 
 mod http;
 mod pace;
+mod watch;
 mod way;
 
+pub use watch::Watch;
 pub use way::Surroundings;
 
 use std::collections::{BTreeSet, VecDeque};

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 use ipnet::IpNet;
+use netlink_packet_core::{DefaultNla, Nla};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType};
@@ -246,11 +247,24 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
             // It comes with value 0 where none was given.
             RuleAttribute::TunId(0) => {}
             RuleAttribute::L3MDev(false) => {}
+            RuleAttribute::Other(unknown) if says_nothing(unknown) => {}
             _ => rule.has_more = true,
         }
     }
     rule.mark = (mark != 0 || mask != 0).then_some(Mark { value: mark, mask });
     Some(rule)
+}
+
+/// The last of the rule attributes that there are: `FRA_DSCP_MASK`, since Linux 6.15.
+const LAST_RULE_ATTRIBUTE: u16 = 30;
+
+/// Whether an attribute that only a later kernel knows was not set: kernels tell some with each rule, as 0 or -1 where
+/// nobody gave them. One with a value selects packets by something that is not known here.
+fn says_nothing(attribute: &DefaultNla) -> bool {
+    let mut value = vec![0; attribute.value_len()];
+    attribute.emit_value(&mut value);
+    let is_all = |byte: u8| value.iter().all(|other| *other == byte);
+    attribute.kind() > LAST_RULE_ATTRIBUTE && (is_all(0) || is_all(0xff))
 }
 
 fn some_unless_minus_one(value: u32) -> Option<u32> {
@@ -272,5 +286,21 @@ mod tests {
 
         message.header.address_family = AddressFamily::Other(129);
         assert_eq!(super::route(&message), None);
+    }
+
+    #[test]
+    fn a_rule_with_a_selector_that_nobody_knows_is_not_like_one_of_ours_and_one_that_is_not_set_is_no_selector() {
+        let has_more = |kind: u16, value: &[u8]| {
+            let mut message = RuleMessage::default();
+            message.header.family = AddressFamily::Inet;
+            message.header.action = RuleAction::ToTable;
+            message.attributes.push(RuleAttribute::Other(DefaultNla::new(kind, value.to_vec())));
+            rule(&message).unwrap().has_more
+        };
+        assert!(has_more(99, &[1, 0, 0, 0]));
+        assert!(!has_more(99, &[0; 4]));
+        assert!(!has_more(99, &[0xff; 4]));
+        // `dscp 0` selects unmarked packets.
+        assert!(has_more(25, &[0]));
     }
 }

@@ -61,16 +61,22 @@ impl Netlink {
     ///
     /// # Errors
     /// Any doubt: an errno (also one that comes with the end of the dump), a message that does not parse, no end in
-    /// time, or a dump that changes kept interrupting.
+    /// time, or a dump that changes or a lack of buffers kept interrupting.
     pub async fn dump(&mut self, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             let sequence = self.send(&[Request { message: request.clone(), flags: NLM_F_DUMP }], 0).await?;
-            let (messages, is_interrupted) = self.receive_dump(sequence).await?;
-            if !is_interrupted {
-                return Ok(messages);
+            match self.receive_dump(sequence).await {
+                Ok((messages, false)) => return Ok(messages),
+                Ok((_, true)) => {}
+                // Something of the dump may be lost, and the kernel takes no other request while one is under way.
+                Err(error) if error.errno() == Some(libc::ENOBUFS) => {
+                    *self = Netlink::open().map_err(Error::Refused)?;
+                }
+                Err(error) => return Err(error),
             }
         }
-        Err(Error::Garbled(format!("{DUMP_ATTEMPTS} dumps were each interrupted by a change")))
+        let why = "interrupted by a change or a lack of buffers";
+        Err(Error::Garbled(format!("{DUMP_ATTEMPTS} dumps were each {why}")))
     }
 
     async fn receive_dump(&mut self, sequence: u32) -> Result<(Vec<RouteNetlinkMessage>, bool), Error> {
@@ -163,16 +169,27 @@ impl Netlink {
         within(self.socket.recv(&mut datagram)).await?;
         let mut messages = Vec::new();
         let mut rest = datagram.as_slice();
-        while rest.len() >= HEADER {
-            let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                .map_err(|error| Error::Garbled(error.to_string()))?;
-            // Messages are padded to four bytes; a length that would not move on cannot come from deserialize.
-            let length = (message.header.length as usize).next_multiple_of(4);
+        while let Some(&[a, b, c, d]) = rest.get(..4).filter(|_| rest.len() >= HEADER) {
+            // Messages are padded to four bytes; one that is shorter than its header would not move on.
+            let length = (u32::from_ne_bytes([a, b, c, d]) as usize).max(HEADER).next_multiple_of(4);
+            if !is_of_another_family(rest) {
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .map_err(|error| Error::Garbled(error.to_string()))?;
+                messages.push(message);
+            }
             rest = rest.get(length..).unwrap_or_default();
-            messages.push(message);
         }
         Ok(messages)
     }
+}
+
+/// Whether a message tells of an address, route or rule that is neither IPv4's nor IPv6's. A dump may hold such ones (MCTP's,
+/// Phonet's), and they need not look like those: MCTP's addresses are one byte.
+fn is_of_another_family(message: &[u8]) -> bool {
+    let kind = u16::from_ne_bytes([message[4], message[5]]);
+    let family = message.get(HEADER).copied().map(i32::from);
+    let has_family = [libc::RTM_NEWADDR, libc::RTM_NEWROUTE, libc::RTM_NEWRULE].contains(&kind);
+    has_family && family.is_some_and(|family| ![libc::AF_INET, libc::AF_INET6].contains(&family))
 }
 
 async fn within<T>(answer: impl Future<Output = io::Result<T>>) -> Result<T, Error> {

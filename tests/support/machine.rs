@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use eniup::eni::Attached;
 use eniup::net::MacAddr;
 use vpc_lab::imds::Service;
+use vpc_lab::interposer::{self, Datagram};
 use vpc_lab::metadata::Published;
 
 use super::{Scenario, scenarios, tools};
@@ -31,6 +32,19 @@ pub struct Machine {
     pub service: Service,
     /// MAC → the link's name.
     pub links: BTreeMap<MacAddr, String>,
+    /// As eniup sees it.
+    pub kernel: Kernel,
+}
+
+/// What eniup takes for the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kernel {
+    /// As it is.
+    Own,
+    /// As one before Linux 5.18, which forgets the mark of addresses.
+    Old,
+    /// As one of tomorrow, which tells more than anybody knows.
+    New,
 }
 
 /// Runs the test on a machine of its own: a thread in a new network namespace.
@@ -44,7 +58,7 @@ pub fn on_a_machine<T: Send>(test: impl FnOnce(&mut Machine) -> Result<T> + Send
         let (service, address) = vpc_lab::imds::serve_on_loopback(tree.clone())?;
         let directory = PathBuf::from(format!("/run/machine-{}", COUNT.fetch_add(1, Ordering::Relaxed)));
         let endpoint = format!("http://{address}");
-        let mut machine = Machine { directory, endpoint, tree, service, links: BTreeMap::new() };
+        let mut machine = Machine { directory, endpoint, tree, service, links: BTreeMap::new(), kernel: Kernel::Own };
         test(&mut machine)
     };
     std::thread::scope(|scope| scope.spawn(run).join().expect("the test's thread panicked"))
@@ -74,14 +88,19 @@ pub struct Run {
     pub stderr: String,
 }
 
+impl Run {
+    fn of(output: Output) -> Result<Run> {
+        Ok(Run {
+            exit: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout)?,
+            stderr: String::from_utf8(output.stderr)?,
+        })
+    }
+}
+
 /// Runs a command to its end.
 pub fn run(command: &mut Command) -> Result<Run> {
-    let output = output(command)?;
-    Ok(Run {
-        exit: output.status.code().unwrap_or(-1),
-        stdout: String::from_utf8(output.stdout)?,
-        stderr: String::from_utf8(output.stderr)?,
-    })
+    Run::of(output(command)?)
 }
 
 /// The leaves of a snapshot.
@@ -100,7 +119,16 @@ impl Machine {
     }
 
     pub fn eniup(&self, arguments: &str) -> Result<Run> {
-        run(&mut self.command(arguments))
+        match self.kernel {
+            Kernel::Own => run(&mut self.command(arguments)),
+            Kernel::Old => self.eniup_with(interposer::forget_address_protocols, arguments),
+            Kernel::New => self.eniup_with(interposer::tell_of_tomorrow, arguments),
+        }
+    }
+
+    /// The same with somebody between it and the kernel.
+    pub fn eniup_with(&self, between: impl FnMut(Datagram) -> std::io::Result<()>, arguments: &str) -> Result<Run> {
+        Run::of(interposer::output(&mut self.command(arguments), between)?)
     }
 
     /// Reconciles and expects this exit code.

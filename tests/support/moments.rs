@@ -5,12 +5,13 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 use eniup::eni::Attached;
-use eniup::net::Observed;
+use eniup::net::{Address, Observed};
 use eniup::netlink::Netlink;
 use eniup::operation::Operation;
+use eniup::{ledger, policy};
 
 use super::Scenario;
-use super::machine::{self, Machine, dump, ip};
+use super::machine::{self, Kernel, Machine, dump, ip};
 
 /// Far away; its way is the default route.
 const FAR: [&str; 2] = ["198.51.100.7", "2001:db8:100::7"];
@@ -111,6 +112,18 @@ pub fn with_netlink<T>(act: impl AsyncFnOnce(&mut Netlink) -> Result<T>) -> Resu
 
 pub fn observe() -> Result<Observed> {
     with_netlink(async |netlink| netlink.observe().await)
+}
+
+impl Machine {
+    /// What a run takes the kernel to have.
+    pub fn believed(&self) -> Result<Observed> {
+        let mut observed = observe()?;
+        if self.kernel == Kernel::Old {
+            let forget = |(index, address)| (index, Address { protocol: 0, ..address });
+            observed.addresses = observed.addresses.into_iter().map(forget).collect();
+        }
+        Ok(ledger::load(&self.directory).recall(observed, policy::MARK))
+    }
 }
 
 /// Which link a packet leaves by that goes from an address of a link (by index) to another address, as the kernel itself

@@ -18,8 +18,24 @@ pub struct Check {
     pub row: String,
     pub column: String,
     pub probe: Probe,
-    /// The client's address as the other side should see it; any when it does not matter.
-    pub seen: Option<IpAddr>,
+    pub expected: Expected,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Expected {
+    /// Answered, from the address that was asked.
+    Answer {
+        /// The client's address as the other side should see it, one of these; any when there are none.
+        seen: Vec<IpAddr>,
+    },
+    /// Something else on the machine leads it astray, and that is not eniup's to change.
+    Silence,
+}
+
+impl Expected {
+    pub fn seen_as(address: IpAddr) -> Expected {
+        Expected::Answer { seen: vec![address] }
+    }
 }
 
 /// Makes all exchanges; for each nothing, or what was wrong.
@@ -33,7 +49,7 @@ pub fn run(lab: &Lab, checks: &[Check], patience: Duration) -> Result<Vec<Option
 }
 
 fn fault(check: &Check, outcome: &Outcome) -> Option<String> {
-    let Check { row: _, column: _, probe, seen } = check;
+    let Check { row: _, column: _, probe, expected } = check;
     let what = || {
         let bound = match &probe.bound {
             crate::probe::Bound::Nothing => String::new(),
@@ -42,16 +58,24 @@ fn fault(check: &Check, outcome: &Outcome) -> Option<String> {
         };
         format!("{} {}{bound} → {}", probe.kind, probe.from, probe.to)
     };
+    let seen = match (expected, outcome) {
+        (Expected::Answer { seen }, _) => seen,
+        (Expected::Silence, Outcome::Answer { .. }) => return Some(format!("{}: {outcome}, unlike before", what())),
+        (Expected::Silence, Outcome::Failed(_) | Outcome::Silence) => return None,
+    };
     if !outcome.is_answer_of(probe.to) {
         return Some(format!("{}: {outcome}", what()));
     }
-    match (seen, outcome.seen()) {
-        (Some(expected), Some(seen)) if seen != *expected => {
-            Some(format!("{}: seen as {seen}, not {expected}", what()))
-        }
-        (Some(expected), None) => Some(format!("{}: nobody saw it, least of all as {expected}", what())),
-        _ => None,
+    match outcome.seen() {
+        _ if seen.is_empty() => None,
+        Some(by) if seen.contains(&by) => None,
+        Some(by) => Some(format!("{}: seen as {by}, not {}", what(), listed(seen))),
+        None => Some(format!("{}: nobody saw it, least of all as {}", what(), listed(seen))),
     }
+}
+
+fn listed(addresses: &[IpAddr]) -> String {
+    addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 /// Rows and columns in the order in which they first appear; a cell shows how many of its exchanges were right.

@@ -84,7 +84,7 @@ pub fn build(eniup: impl Into<std::path::PathBuf>) -> Result<Demo> {
         lab.elastic_ip(&web[n], private)?;
     }
     lab.run_instance("web", &web, "m7i.large", Distribution::AtLaunch)?;
-    lab.add_container("docker", "web", "docker0", Ipv4Net::new(DOCKER, 16)?)?;
+    lab.add_container("docker", "web", "docker0", &[Ipv4Net::new(DOCKER, 16)?.into()])?;
     lab.add_pod("pod", "web", &[POD.into()])?;
 
     let standby = lab.create_network_interface(eni(0, &[50], &[0x50]))?;

@@ -54,6 +54,8 @@ struct Sockets {
     icmp: [Socket; 2],
     /// Who sent which ping. Its lock is held while one is read from a socket.
     pings: Pings,
+    /// How many streams are sent back at this moment: one for each clone but this.
+    streams: Arc<()>,
 }
 
 impl Echo {
@@ -72,6 +74,11 @@ impl Echo {
     /// whoever has the answer finds it here.
     pub fn pinged_by(&self, nonce: &Nonce) -> Option<IpAddr> {
         self.sockets.note_pings().get(nonce).copied()
+    }
+
+    /// Streams that are sent back at this moment.
+    pub fn streams(&self) -> usize {
+        Arc::strong_count(&self.sockets.streams) - 1
     }
 }
 
@@ -118,6 +125,7 @@ impl Sockets {
             flows: [flows4?, flows6?],
             icmp: [icmp4?, icmp6?],
             pings: Pings::default(),
+            streams: Arc::default(),
         })
     }
 
@@ -145,7 +153,11 @@ impl Sockets {
             }
             for listener in &self.flows {
                 while let Ok((stream, _)) = listener.accept() {
-                    std::thread::spawn(move || send_back(stream));
+                    let counted = self.streams.clone();
+                    std::thread::spawn(move || {
+                        send_back(stream);
+                        drop(counted);
+                    });
                 }
             }
         }

@@ -100,6 +100,17 @@ impl Fabric {
         }
     }
 
+    /// Carries all that waits at the ports, so that what was sent is judged by the truth of this moment and no later one.
+    pub fn drain(&self) {
+        let mut state = self.shared.state();
+        let mut frame = vec![0; LONGEST];
+        for (port, Plug { number: _, cable }) in state.ports.clone() {
+            while let Ok(length) = cable.read(&mut frame) {
+                state.handle(&port, &cable, &frame[..length]);
+            }
+        }
+    }
+
     /// Hands a guest a frame that nobody sent: what the VPC itself says without being asked.
     ///
     /// # Errors

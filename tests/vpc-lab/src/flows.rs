@@ -7,8 +7,7 @@ use std::io::{self, ErrorKind};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -74,6 +73,8 @@ pub struct FlowReport {
     pub answered: u64,
     /// The longest time without an answer.
     pub longest_gap: Duration,
+    /// When the first message was sent that has no answer, or the fault was noticed.
+    pub since: Option<Instant>,
     /// Why it ended before its time, or what went wrong last.
     pub fault: Option<String>,
 }
@@ -91,17 +92,41 @@ impl FlowReport {
 
 impl fmt::Display for FlowReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let FlowReport { spec, sent, answered: _, longest_gap, fault } = self;
+        let FlowReport { spec, sent, answered: _, longest_gap, since: _, fault } = self;
         let gap = longest_gap.as_secs_f64() * 1000.0;
         write!(f, "{spec}: {sent} sent, {} lost, longest gap {gap:.1} ms", self.lost())?;
         fault.as_ref().map_or(Ok(()), |fault| write!(f, ", {fault}"))
     }
 }
 
-/// Flows under way, until they are finished.
+/// One of the flows of a [`Flows`].
+pub type FlowId = u64;
+
+/// How far a flow has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    pub kind: Kind,
+    pub sent: u64,
+    pub answered: u64,
+}
+
+/// Flows under way, until they are ended.
 pub struct Flows {
-    is_over: Arc<AtomicBool>,
+    /// The thread ends when this is closed.
+    orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<Vec<Flow>>>,
+    next_id: FlowId,
+}
+
+/// What the thread is told between two turns.
+enum Order {
+    Add(Vec<Flow>),
+    /// Hands back these flows as they are.
+    End(Vec<FlowId>, Sender<Vec<Flow>>),
+    Pace(Vec<FlowId>, Duration),
+    /// Says of these flows, in words, how they are.
+    Describe(Vec<FlowId>, Sender<Vec<String>>),
+    Tell(Sender<BTreeMap<FlowId, Progress>>),
 }
 
 impl Flows {
@@ -110,46 +135,106 @@ impl Flows {
     /// # Errors
     /// A flow names a node that there is not, or cannot be established.
     pub fn start(lab: &Lab, specs: &[FlowSpec]) -> Result<Flows> {
-        let mut flows: Vec<Flow> =
-            specs.iter().map(|spec| Flow::open(lab.node(&spec.from)?, spec)).collect::<Result<_>>()?;
-        let deadline = Instant::now() + PATIENCE;
-        while let Some(silent) = flows.iter().find(|flow| flow.answered == 0) {
-            if let Some(fault) = flows.iter().find_map(|flow| flow.fault.as_ref().map(|why| (flow, why))) {
-                bail!("{} cannot be established: {}", fault.0.spec, fault.1);
-            }
-            ensure!(Instant::now() < deadline, "{} cannot be established: no answer", silent.spec);
-            turn(&mut flows, true);
-        }
-        let is_over = Arc::new(AtomicBool::new(false));
-        let thread = std::thread::spawn({
-            let is_over = is_over.clone();
-            move || {
-                for flow in &mut flows {
-                    flow.last_answer = Instant::now();
-                    flow.longest_gap = Duration::ZERO;
-                }
-                while !is_over.load(Ordering::Relaxed) {
-                    turn(&mut flows, true);
-                }
-                flows
-            }
-        });
-        Ok(Flows { is_over, thread: Some(thread) })
+        let (orders, ordered) = channel();
+        let thread = std::thread::spawn(move || carry_on(&ordered));
+        let mut flows = Flows { orders: Some(orders), thread: Some(thread), next_id: 0 };
+        flows.add(lab, specs)?;
+        Ok(flows)
     }
 
-    /// Sends no more, waits for the answers that are on their way, and tells what became of each flow, in the order in
-    /// which they were started.
-    pub fn finish(mut self) -> Vec<FlowReport> {
-        let mut flows = self.stop();
+    /// Starts more of them beside the others, as [`Flows::start`] does.
+    ///
+    /// # Errors
+    /// A flow names a node that there is not, or cannot be established.
+    pub fn add(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<FlowId>> {
+        let mut flows = self.open(lab, specs)?;
+        establish(&mut flows)?;
+        Ok(self.hand_over(flows))
+    }
+
+    /// Starts pings of addresses that need not answer yet, to be [forgotten](Flows::forget) once they do.
+    ///
+    /// # Errors
+    /// One names a node that there is not, or its socket cannot be made.
+    pub fn knock(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<FlowId>> {
+        let flows = self.open(lab, specs)?;
+        Ok(self.hand_over(flows))
+    }
+
+    fn open(&mut self, lab: &Lab, specs: &[FlowSpec]) -> Result<Vec<Flow>> {
+        let first = self.next_id;
+        self.next_id += specs.len() as FlowId;
+        (first..).zip(specs).map(|(id, spec)| Flow::open(lab.node(&spec.from)?, id, spec)).collect()
+    }
+
+    fn hand_over(&self, flows: Vec<Flow>) -> Vec<FlowId> {
+        let ids = flows.iter().map(|flow| flow.id).collect();
+        self.order(Order::Add(flows));
+        ids
+    }
+
+    /// Ends these, whatever became of them.
+    pub fn forget(&self, ids: Vec<FlowId>) {
+        self.take(ids);
+    }
+
+    fn take(&self, ids: Vec<FlowId>) -> Vec<Flow> {
+        let (ended, flows) = channel();
+        self.order(Order::End(ids, ended));
+        flows.recv().unwrap_or_default()
+    }
+
+    /// Sends no more by these, waits for the answers that are on their way, and tells what became of them.
+    pub fn end(&self, ids: Vec<FlowId>) -> Vec<FlowReport> {
+        report(self.take(ids))
+    }
+
+    /// From now on there is this time from one message of these flows to the next.
+    pub fn pace(&self, ids: Vec<FlowId>, every: Duration) {
+        self.order(Order::Pace(ids, every));
+    }
+
+    /// How far each flow has come.
+    pub fn progress(&self) -> BTreeMap<FlowId, Progress> {
+        let (told, progress) = channel();
+        self.order(Order::Tell(told));
+        progress.recv().unwrap_or_default()
+    }
+
+    /// Until each flow has had this many more answers.
+    ///
+    /// # Errors
+    /// One has not: it is silent, or broken.
+    pub fn go_on(&self, answers: u64) -> Result<()> {
+        let before = self.progress();
         let deadline = Instant::now() + PATIENCE;
-        while flows.iter().any(|flow| flow.is_waiting()) && Instant::now() < deadline {
-            turn(&mut flows, false);
+        loop {
+            let now = self.progress();
+            let is_silent = |id: &FlowId| now.get(id).is_none_or(|now| now.answered < before[id].answered + answers);
+            let silent: Vec<FlowId> = before.keys().copied().filter(is_silent).collect();
+            if silent.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let (told, said) = channel();
+                self.order(Order::Describe(silent, told));
+                bail!("silent: {}", said.recv().unwrap_or_default().join("; "));
+            }
         }
-        flows.into_iter().map(Flow::report).collect()
+    }
+
+    /// Ends all flows, in the order in which they were started.
+    pub fn finish(mut self) -> Vec<FlowReport> {
+        report(self.stop())
+    }
+
+    fn order(&self, order: Order) {
+        // If the thread is gone it has panicked, which `stop` passes on.
+        let _ = self.orders.as_ref().map(|orders| orders.send(order));
     }
 
     fn stop(&mut self) -> Vec<Flow> {
-        self.is_over.store(true, Ordering::Relaxed);
+        self.orders = None;
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(flows)) => flows,
             Some(Err(panic)) => std::panic::resume_unwind(panic),
@@ -160,13 +245,81 @@ impl Flows {
 
 impl Drop for Flows {
     fn drop(&mut self) {
-        if self.thread.is_some() {
-            self.stop();
+        self.orders = None;
+        // A panic of the thread has been printed already.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// The thread: obeys, and lets the flows have their turn.
+fn carry_on(orders: &Receiver<Order>) -> Vec<Flow> {
+    let mut flows = Vec::new();
+    loop {
+        match orders.try_recv() {
+            Ok(order) => obey(&mut flows, order),
+            Err(TryRecvError::Empty) => turn(&mut flows, true),
+            Err(TryRecvError::Disconnected) => return flows,
         }
     }
 }
 
+fn obey(flows: &mut Vec<Flow>, order: Order) {
+    // Whoever asked and went away does not need the answer.
+    match order {
+        Order::Add(added) => flows.extend(added),
+        Order::End(ids, ended) => {
+            let (ending, others) = std::mem::take(flows).into_iter().partition(|flow| ids.contains(&flow.id));
+            *flows = others;
+            let _ = ended.send(ending);
+        }
+        Order::Pace(ids, every) => {
+            let now = Instant::now();
+            for flow in flows.iter_mut().filter(|flow| ids.contains(&flow.id)) {
+                flow.spec.every = every;
+                flow.next = flow.next.min(now + every);
+            }
+        }
+        Order::Tell(told) => {
+            let progress = |flow: &Flow| Progress { kind: flow.spec.kind, sent: flow.sent, answered: flow.answered };
+            let _ = told.send(flows.iter().map(|flow| (flow.id, progress(flow))).collect());
+        }
+        Order::Describe(ids, told) => {
+            let words = |flow: &Flow| {
+                format!("{}: {} sent, {} answered, {:?}", flow.spec, flow.sent, flow.answered, flow.fault)
+            };
+            let _ = told.send(flows.iter().filter(|flow| ids.contains(&flow.id)).map(words).collect());
+        }
+    }
+}
+
+/// Until each has its first answer.
+fn establish(flows: &mut [Flow]) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(silent) = flows.iter().find(|flow| flow.answered == 0) {
+        if let Some(fault) = flows.iter().find_map(|flow| flow.fault.as_ref().map(|why| (flow, why))) {
+            bail!("{} cannot be established: {}", fault.0.spec, fault.1);
+        }
+        ensure!(Instant::now() < deadline, "{} cannot be established: no answer", silent.spec);
+        turn(flows, true);
+    }
+    for flow in flows {
+        flow.last_answer = Instant::now();
+        flow.longest_gap = Duration::ZERO;
+    }
+    Ok(())
+}
+
+/// What became of flows that send no more, once the answers that are on their way have come.
+fn report(mut flows: Vec<Flow>) -> Vec<FlowReport> {
+    let deadline = Instant::now() + PATIENCE;
+    while flows.iter().any(|flow| flow.is_waiting()) && Instant::now() < deadline {
+        turn(&mut flows, false);
+    }
+    flows.into_iter().map(Flow::report).collect()
+}
+
 struct Flow {
+    id: FlowId,
     spec: FlowSpec,
     socket: Socket,
     /// Messages sent; the number of the next.
@@ -181,12 +334,13 @@ struct Flow {
     last_answer: Instant,
     longest_gap: Duration,
     fault: Option<String>,
+    faulty_since: Option<Instant>,
     /// Its connection is broken.
     is_dead: bool,
 }
 
 impl Flow {
-    fn open(node: &Node, spec: &FlowSpec) -> Result<Flow> {
+    fn open(node: &Node, id: FlowId, spec: &FlowSpec) -> Result<Flow> {
         let domain = if spec.to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
         let (kind, protocol, port) = match spec.kind {
             Kind::Tcp => (Type::STREAM, Protocol::TCP, FLOW_PORT),
@@ -203,6 +357,8 @@ impl Flow {
             socket.connect_timeout(&SocketAddr::new(spec.to, port).into(), PATIENCE)?;
             if spec.kind == Kind::Tcp {
                 socket.set_tcp_nodelay(true)?;
+                // It ends without a farewell, of which a part might be under way when its address has gone.
+                socket.set_linger(Some(Duration::ZERO))?;
             }
             socket.set_nonblocking(true)?;
             Ok(socket)
@@ -210,6 +366,7 @@ impl Flow {
         let socket = node.enter(connect).with_context(|| format!("starting {spec}"))?;
         let now = Instant::now();
         Ok(Flow {
+            id,
             spec: spec.clone(),
             socket,
             sent: 0,
@@ -221,6 +378,7 @@ impl Flow {
             last_answer: now,
             longest_gap: Duration::ZERO,
             fault: None,
+            faulty_since: None,
             is_dead: false,
         })
     }
@@ -246,7 +404,7 @@ impl Flow {
                 self.sent += 1;
                 // A message that cannot be sent is lost like any other, and its fault says why.
                 if let Err(error) = self.socket.send(&message) {
-                    self.fault = Some(format!("sending: {error}"));
+                    self.blame(format!("sending: {error}"));
                 }
             }
             Kind::Tcp => {
@@ -268,8 +426,13 @@ impl Flow {
     }
 
     fn die(&mut self, fault: String) {
-        self.fault = Some(fault);
+        self.blame(fault);
         self.is_dead = true;
+    }
+
+    fn blame(&mut self, fault: String) {
+        self.fault = Some(fault);
+        self.faulty_since.get_or_insert_with(Instant::now);
     }
 
     fn receive(&mut self) {
@@ -297,7 +460,7 @@ impl Flow {
     fn note(&mut self, error: io::Error) {
         match self.spec.kind {
             Kind::Tcp => self.die(format!("receiving: {error}")),
-            Kind::Udp => self.fault = Some(format!("receiving: {error}")),
+            Kind::Udp => self.blame(format!("receiving: {error}")),
         }
     }
 
@@ -333,8 +496,9 @@ impl Flow {
         if self.answered < self.sent {
             self.note_gap();
         }
-        let Flow { spec, sent, answered, longest_gap, fault, .. } = self;
-        FlowReport { spec, sent, answered, longest_gap, fault }
+        let Flow { spec, sent, answered, open, longest_gap, fault, faulty_since, .. } = self;
+        let since = open.into_values().chain(faulty_since).min();
+        FlowReport { spec, sent, answered, longest_gap, since, fault }
     }
 }
 

@@ -189,6 +189,29 @@ pub fn add_address(link: &str, net: IpNet, lifetime: Option<u32>) -> Result<()> 
     change(message, NLM_F_CREATE | NLM_F_EXCL).with_context(|| format!("adding {net} to {link}"))
 }
 
+/// All addresses of this namespace.
+pub fn addresses() -> Result<BTreeSet<IpAddr>> {
+    let own = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(own) | AddressAttribute::Address(own) => Some(*own),
+        _ => None,
+    };
+    let messages = dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+    let all = messages.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewAddress(address) => address.attributes.iter().find_map(own),
+        _ => None,
+    });
+    Ok(all.collect())
+}
+
+pub fn delete_address(link: &str, net: IpNet) -> Result<()> {
+    let mut message = AddressMessage::default();
+    message.header.family = family(net.addr());
+    message.header.prefix_len = net.prefix_len();
+    message.header.index = index(link)?;
+    message.attributes = vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    change(RouteNetlinkMessage::DelAddress(message), 0).with_context(|| format!("deleting {net} of {link}"))
+}
+
 /// A route as somebody other than eniup makes it.
 pub struct Route<'a> {
     pub destination: IpNet,
@@ -315,6 +338,49 @@ pub fn objects_but_of(protocol: u8) -> Result<BTreeSet<String>> {
     let addresses = dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
     objects.extend(addresses.into_iter().filter_map(|message| shown_unless(message, protocol)));
     Ok(objects)
+}
+
+/// What there is of these addresses and prefixes: addresses within them, whoever added them, rules from exactly them that carry
+/// this protocol number; and rules and routes of the table, if one is given.
+pub fn traces(protocol: u8, sources: &[IpNet], table: Option<u32>) -> Result<Vec<String>> {
+    let mut traces = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let (mut route, mut rule) = (RouteMessage::default(), RuleMessage::default());
+        route.header.address_family = family;
+        rule.header.family = family;
+        let is_of_route =
+            |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::Table(of) if Some(*of) == table);
+        let is_of_rule =
+            |attribute: &RuleAttribute| matches!(attribute, RuleAttribute::Table(of) if Some(*of) == table);
+        let is_its =
+            |attribute: &RuleAttribute| matches!(attribute, RuleAttribute::Protocol(of) if u8::from(*of) == protocol);
+        for message in dump(RouteNetlinkMessage::GetRoute(route))? {
+            if matches!(&message, RouteNetlinkMessage::NewRoute(route) if route.attributes.iter().any(is_of_route)) {
+                traces.push(format!("{message:?}"));
+            }
+        }
+        for message in dump(RouteNetlinkMessage::GetRule(rule))? {
+            let RouteNetlinkMessage::NewRule(rule) = &message else { continue };
+            let from = rule.attributes.iter().find_map(|attribute| match attribute {
+                RuleAttribute::Source(from) => IpNet::new(*from, rule.header.src_len).ok(),
+                _ => None,
+            });
+            let is_from_them = from.is_some_and(|from| sources.contains(&from)) && rule.attributes.iter().any(is_its);
+            if is_from_them || rule.attributes.iter().any(is_of_rule) {
+                traces.push(format!("{message:?}"));
+            }
+        }
+    }
+    let is_theirs = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(own) | AddressAttribute::Address(own) => sources.iter().any(|net| net.contains(own)),
+        _ => false,
+    };
+    for message in dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+        if matches!(&message, RouteNetlinkMessage::NewAddress(address) if address.attributes.iter().any(is_theirs)) {
+            traces.push(format!("{message:?}"));
+        }
+    }
+    Ok(traces)
 }
 
 fn shown_unless(message: RouteNetlinkMessage, protocol: u8) -> Option<String> {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use crate::echo::Echo;
 use crate::fabric::Fabric;
 use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6, ROUTER_MAC};
 use crate::imds::Service;
+use crate::interposer;
 use crate::kernel::{self, Route};
 use crate::metadata::{EniView, InstanceView, Propagation, Published};
 use crate::node::Node;
@@ -43,6 +45,8 @@ pub enum Distribution {
 pub struct Lab {
     pub fabric: Fabric,
     pub eniup: PathBuf,
+    /// The binary under test finds a kernel before Linux 5.18.
+    pub is_kernel_old: bool,
     nodes: BTreeMap<String, Node>,
     echoes: BTreeMap<String, Echo>,
     /// By name, which is also their node's.
@@ -73,6 +77,7 @@ impl Lab {
         Ok(Lab {
             fabric: Fabric::start()?,
             eniup,
+            is_kernel_old: false,
             nodes: BTreeMap::new(),
             echoes: BTreeMap::new(),
             machines: BTreeMap::new(),
@@ -335,27 +340,34 @@ impl Lab {
         Ok(())
     }
 
-    /// A container on a bridge of an instance, in Docker's manner: the bridge has the net's first address.
-    pub fn add_container(&mut self, name: &str, on: &str, bridge: &str, net: Ipv4Net) -> Result<()> {
-        let gateway = net.hosts().next().context("the container's net is too small")?;
+    /// A container on a bridge of an instance, in Docker's manner: with these addresses, and the bridge with the first of each
+    /// of their nets.
+    pub fn add_container(&mut self, name: &str, on: &str, bridge: &str, addresses: &[IpNet]) -> Result<()> {
         let container = Node::create(name)?;
         let host_end = format!("veth{}", self.nodes.len());
         let namespace = container.namespace();
         self.node(on)?.enter(|| {
             if kernel::index(bridge).is_err() {
                 kernel::create_bridge(bridge)?;
-                kernel::add_address(bridge, Ipv4Net::new(gateway, net.prefix_len())?.into(), None)?;
+                addresses.iter().try_for_each(|net| {
+                    kernel::add_address(bridge, IpNet::new(router(*net), net.prefix_len())?, None)
+                })?;
                 kernel::set_up(bridge)?;
             }
             kernel::create_veth(&host_end, "eth0", &namespace.as_raw_fd())?;
             kernel::set_controller(&host_end, bridge)?;
             kernel::set_up(&host_end)?;
-            kernel::sysctl("ipv4/ip_forward", "1")
+            kernel::sysctl("ipv4/ip_forward", "1")?;
+            kernel::sysctl("ipv6/conf/all/forwarding", "1")
         })?;
         container.enter(|| {
+            kernel::sysctl("ipv6/conf/eth0/accept_ra", "0")?;
             kernel::set_up("eth0")?;
-            kernel::add_address("eth0", net.into(), None)?;
-            kernel::add_route(&Route::new(everything(gateway.into()), Some(gateway.into()), "eth0"))
+            for net in addresses {
+                kernel::add_address("eth0", *net, None)?;
+                kernel::add_route(&Route::new(everything(net.addr()), Some(router(*net)), "eth0"))?;
+            }
+            Ok(())
         })?;
         self.echoes.insert(name.into(), Echo::start(&container)?);
         self.nodes.insert(name.into(), container);
@@ -364,8 +376,9 @@ impl Lab {
 
     /// A container with addresses of a delegated prefix, in the manner of the VPC CNI: a host route to each of them.
     pub fn add_pod(&mut self, name: &str, on: &str, addresses: &[IpAddr]) -> Result<()> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let pod = Node::create(name)?;
-        let host_end = format!("pod{}", self.nodes.len());
+        let host_end = format!("pod{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let namespace = pod.namespace();
         let (router4, router6) = (Ipv4Addr::new(169, 254, 1, 1), Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
         self.node(on)?.enter(|| {
@@ -397,6 +410,14 @@ impl Lab {
         self.echoes.insert(name.into(), Echo::start(&pod)?);
         self.nodes.insert(name.into(), pod);
         Ok(())
+    }
+
+    /// Ends a container with addresses of a delegated prefix; its host's link and routes go with it.
+    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
+        let pod = self.nodes.remove(name).with_context(|| format!("there is no running node {name}"))?;
+        self.echoes.remove(name);
+        pod.enter(|| kernel::delete_link("eth0"))?;
+        std::fs::remove_dir_all(pod.run_directory()).with_context(|| format!("clearing the /run of {name}"))
     }
 
     /// A tunnel from an instance to a node, whose end on the instance has this name. All that the node says goes there.
@@ -475,6 +496,11 @@ impl Lab {
         Ok(self.machine(name)?.metadata.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Streams of flows that are served at this moment, on all nodes.
+    pub fn streams(&self) -> usize {
+        self.echoes.values().map(Echo::streams).sum()
+    }
+
     /// A program to run on a node.
     pub fn command(&self, name: &str, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
         Ok(self.node(name)?.command(program))
@@ -484,7 +510,11 @@ impl Lab {
     pub fn eniup(&self, name: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = self.command(name, &self.eniup)?;
         command.args(arguments).env_remove("AWS_EC2_METADATA_SERVICE_ENDPOINT").env_remove("RUNTIME_DIRECTORY");
-        command.output().with_context(|| format!("running {} on {name}", self.eniup.display()))
+        let output = match self.is_kernel_old {
+            true => interposer::output(&mut command, interposer::forget_address_protocols),
+            false => command.output().map_err(anyhow::Error::from),
+        };
+        output.with_context(|| format!("running {} on {name}", self.eniup.display()))
     }
 
     /// Makes these exchanges.

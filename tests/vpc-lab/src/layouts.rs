@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use anyhow::Result;
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::check::Check;
+use crate::check::{Check, Expected};
+use crate::forward::ROUTER_IPV6;
 use crate::kernel::{self, Route, Rule};
 use crate::lab::{Distribution, Lab, everything};
 use crate::nat;
@@ -213,12 +214,12 @@ impl Builder {
         }
         let vpc = self.vpc.clone();
         let subnet = self.lab.fabric.world(|world| -> Result<SubnetId> {
-            let other = world.create_vpc(&["172.31.0.0/16".parse()?]);
+            let other = world.create_vpc(&["172.31.0.0/16".parse()?, "2600:1f16:aaa:bb00::/56".parse()?]);
             world.peer(&vpc, &other);
-            world.create_subnet(&other, Some("172.31.1.0/24".parse()?), &[])
+            world.create_subnet(&other, Some("172.31.1.0/24".parse()?), &["2600:1f16:aaa:bb01::/64".parse()?])
         })?;
-        let ipv4s = vec![Ipv4Addr::new(172, 31, 1, 100)];
-        self.client("peer", "peer", CreateEni { subnet, ipv4s, ..CreateEni::default() })?;
+        let (ipv4s, ipv6s) = (vec![Ipv4Addr::new(172, 31, 1, 100)], vec!["2600:1f16:aaa:bb01::100".parse()?]);
+        self.client("peer", "peer", CreateEni { subnet, ipv4s, ipv6s, ..CreateEni::default() })?;
         self.lab.add_internet_host("internet", Some(INTERNET_IPV4), Some(INTERNET_IPV6))?;
         let addresses = vec![INTERNET_IPV4.into(), INTERNET_IPV6.into()];
         self.clients.push(Client {
@@ -227,13 +228,13 @@ impl Builder {
             addresses,
             place: Place::Internet,
         });
-        let net = Ipv4Net::new(Ipv4Addr::new(172, 17, 0, 2), 16)?;
-        self.lab.add_container("container", "web", "docker0", net)?;
-        self.lab.node("web")?.enter(|| nat::masquerade(net, "docker0"))?;
+        let nets: [IpNet; 2] = ["172.17.0.2/16".parse()?, "fd17::2/64".parse()?];
+        self.lab.add_container("container", "web", "docker0", &nets)?;
+        self.on_web(|| nets.iter().try_for_each(|net| nat::masquerade(*net, "docker0")))?;
         self.clients.push(Client {
             node: "container".into(),
             class: "container".into(),
-            addresses: vec![net.addr().into()],
+            addresses: nets.iter().map(IpNet::addr).collect(),
             place: Place::Container { on: "web".into(), is_masqueraded: true },
         });
         Ok(())
@@ -447,13 +448,13 @@ fn nat_box(eniup: &Path) -> Result<Stage> {
 /// Nets behind an instance: one that the user routes through that instance, one that he routes through the second ENI.
 fn static_routes(eniup: &Path) -> Result<Stage> {
     let mut builder = three_enis(eniup, Distribution::Primary)?;
-    let create = builder.create(Plug { subnet: 0, ipv4s: &[50], ipv6s: &[] });
+    let create = builder.create(Plug { subnet: 0, ipv4s: &[50], ipv6s: &[0x50] });
     let gateway = builder.lab.create_network_interface(create)?;
     builder.lab.run_instance("gateway", std::slice::from_ref(&gateway), "t3.micro", Distribution::Primary)?;
     builder.lab.fabric.world(|world| -> Result<()> {
         world.modify_source_dest_check(&gateway, false)?;
         for subnet in &builder.subnets {
-            for net in ["192.168.77.0/24", "192.168.78.0/24"] {
+            for net in ["192.168.77.0/24", "192.168.78.0/24", "fd77::/64", "fd78::/64"] {
                 world.create_route(subnet, net.parse()?, &gateway)?;
             }
         }
@@ -461,7 +462,10 @@ fn static_routes(eniup: &Path) -> Result<Stage> {
     })?;
     builder.lab.node("gateway")?.enter(|| {
         kernel::add_address("lo", "192.168.77.1/32".parse()?, None)?;
-        kernel::add_address("lo", "192.168.78.1/32".parse()?, None)
+        kernel::add_address("lo", "192.168.78.1/32".parse()?, None)?;
+        // On the link, or it could not ask for its neighbours from there until its link-local address is settled.
+        kernel::add_address("ens5", "fd77::1/128".parse()?, None)?;
+        kernel::add_address("ens5", "fd78::1/128".parse()?, None)
     })?;
     builder.on_web(|| {
         kernel::set_up("ens6")?;
@@ -469,17 +473,25 @@ fn static_routes(eniup: &Path) -> Result<Stage> {
         let by_instance = Some(IpAddr::from([10, 0, 0, 50]));
         kernel::add_route(&Route::new("192.168.77.0/24".parse()?, by_instance, "ens5"))?;
         let by_eni = Some(IpAddr::from([10, 0, 1, 1]));
-        kernel::add_route(&Route::new("192.168.78.0/24".parse()?, by_eni, "ens6"))
+        kernel::add_route(&Route::new("192.168.78.0/24".parse()?, by_eni, "ens6"))?;
+        let by_instance = Some(IpAddr::from(ipv6(0, 0x50)));
+        kernel::add_route(&Route::new(IpAddr::from(ipv6(0, 0x50)).into(), None, "ens5"))?;
+        kernel::add_route(&Route::new("fd77::/64".parse()?, by_instance, "ens5"))?;
+        kernel::add_route(&Route::new("fd78::/64".parse()?, Some(ROUTER_IPV6.into()), "ens6"))
     })?;
     let place = Place::Behind(builder.vpc.clone());
-    let addresses = vec![IpAddr::from([192, 168, 77, 1])];
+    let addresses = vec![IpAddr::from([192, 168, 77, 1]), "fd77::1".parse()?];
     builder.clients.push(Client { node: "gateway".into(), class: "routed".into(), addresses, place });
     let mut stage = builder.stage()?;
-    let by_eni = IpAddr::from([192, 168, 78, 1]);
+    let by_eni = [IpAddr::from([192, 168, 78, 1]), "fd78::1".parse()?];
     // The kernel takes the first address of the link by which the user's route leaves.
-    stage.extra.extend(asks_from(UNBOUND, "web", by_eni, IpAddr::from([10, 0, 1, 20])));
+    stage.extra.extend(asks_from(UNBOUND, "web", by_eni[0], IpAddr::from([10, 0, 1, 20])));
+    stage.extra.extend(asks_from(UNBOUND, "web", by_eni[1], ipv6(1, 0x20).into()));
     for own in [[10, 0, 1, 21], [10, 0, 2, 30], [10, 0, 2, 31]].map(IpAddr::from) {
-        stage.extra.extend(asks_bound(own, by_eni));
+        stage.extra.extend(asks_bound(own, by_eni[0]));
+    }
+    for own in [ipv6(1, 0x21), ipv6(2, 0x30)].map(IpAddr::from) {
+        stage.extra.extend(asks_bound(own, by_eni[1]));
     }
     Ok(stage)
 }
@@ -603,20 +615,23 @@ fn swapped_roles(eniup: &Path) -> Result<Stage> {
     builder.stage()
 }
 
-/// The second ENI is of another VPC, whose subnet has the same CIDR, and a client there has the address of one here.
+/// The second ENI is of another VPC, whose subnet has the same IPv4 CIDR, and a client there has the address of one here.
+/// IPv6 CIDRs are Amazon's, and no two VPCs have the same.
 fn overlapping_vpc(eniup: &Path) -> Result<Stage> {
-    let mut builder = Builder::new(eniup, &[Families::Ipv4, Families::Ipv4])?;
+    let mut builder = Builder::new(eniup, &BOTH[..2])?;
+    let net6 = |host| Ipv6Addr::new(0x2600, 0x1f16, 0xccc, 0xdd00, 0, 0, 0, host);
     let other = builder.lab.fabric.world(|world| -> Result<SubnetId> {
-        let vpc = world.create_vpc(&["10.0.0.0/16".parse()?]);
-        world.create_subnet(&vpc, Some("10.0.0.0/24".parse()?), &[])
+        let vpc = world.create_vpc(&["10.0.0.0/16".parse()?, "2600:1f16:ccc:dd00::/56".parse()?]);
+        world.create_subnet(&vpc, Some("10.0.0.0/24".parse()?), &[Ipv6Net::new(net6(0), 64)?])
     })?;
     let create = |hosts: &[u8]| CreateEni {
         subnet: other.clone(),
         ipv4s: hosts.iter().map(|host| Ipv4Addr::new(10, 0, 0, *host)).collect(),
+        ipv6s: hosts.iter().map(|host| net6((*host).into())).collect(),
         ..CreateEni::default()
     };
     let second = builder.lab.create_network_interface(create(&[20, 21]))?;
-    let mut enis = builder.enis(&[Plug { ipv6s: &[], ..PRIMARY }])?;
+    let mut enis = builder.enis(&[PRIMARY])?;
     enis.push(second);
     builder.web.clone_from(&enis);
     builder.lab.run_instance("web", &enis, "m7i.large", Distribution::Primary)?;
@@ -642,7 +657,7 @@ fn asks_from(class: &str, from: &str, to: IpAddr, seen: IpAddr) -> [Check; 3] {
         row: from.into(),
         column: class.into(),
         probe: Probe { from: from.into(), bound: Bound::Nothing, to, kind },
-        seen: Some(seen),
+        expected: Expected::seen_as(seen),
     })
 }
 
@@ -651,6 +666,6 @@ fn asks_bound(own: IpAddr, to: IpAddr) -> [Check; 3] {
         row: format!("bound to {own}"),
         column: crate::scene::BY_ADDRESS.into(),
         probe: Probe { from: "web".into(), bound: Bound::Address(own), to, kind },
-        seen: Some(own),
+        expected: Expected::seen_as(own),
     })
 }

@@ -111,6 +111,7 @@ fn run() -> Result<ExitCode> {
             println!("storm of {operations} operations, --seed {seed}");
             let report = storm::play(&eniup, seed, operations, |n| eprintln!("{n} operations done"))?;
             report.operations.iter().filter(|_| list).for_each(|operation| println!("  {operation}"));
+            println!("{}", report.rate);
             show(&report)
         }
         Verb::NatBox { conversations, rounds } => show(&storm::nat_box(&eniup, conversations, rounds)?),
@@ -133,7 +134,7 @@ fn show(report: &storm::Report) -> bool {
         report.flows.len(),
         report.drops
     );
-    report.flows.iter().filter(|flow| !flow.is_whole()).take(10).for_each(|flow| println!("  {flow}"));
+    report.broken().iter().take(10).for_each(|flow| println!("  {flow}"));
     report.is_right()
 }
 

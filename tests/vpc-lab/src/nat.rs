@@ -2,9 +2,10 @@
 //! to nf_tables directly, so that no firewall program is needed.
 
 use std::io;
+use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
@@ -25,28 +26,31 @@ const ERROR: u16 = 2;
 const TABLE: &[u8] = b"lab\0";
 const CHAIN: &[u8] = b"masquerade\0";
 const IPV4: u8 = 2;
+const IPV6: u8 = 10;
 const POSTROUTING: u32 = 4;
 /// `NF_IP_PRI_NAT_SRC`.
 const SOURCE_NAT: u32 = 100;
 const REGISTER: u32 = 1;
 
 /// Masquerades packets from `net` that leave by any link but `except`, in the calling thread's namespace.
-pub fn masquerade(net: Ipv4Net, except: &str) -> Result<()> {
+pub fn masquerade(net: IpNet, except: &str) -> Result<()> {
+    // Where the network header has the source address, and how long that is.
+    let (family, at, length): (u8, u32, u32) = if net.addr().is_ipv4() { (IPV4, 12, 4) } else { (IPV6, 8, 16) };
     let hook = [attribute(1, &POSTROUTING.to_be_bytes()), attribute(2, &SOURCE_NAT.to_be_bytes())].concat();
     let chain = [attribute(1, TABLE), attribute(3, CHAIN), attribute(4 | NESTED, &hook), attribute(7, b"nat\0")];
     let source = [
         attribute(1, &REGISTER.to_be_bytes()),
-        // The network header, its source address.
+        // `NFT_PAYLOAD_NETWORK_HEADER`.
         attribute(2, &1u32.to_be_bytes()),
-        attribute(3, &12u32.to_be_bytes()),
-        attribute(4, &4u32.to_be_bytes()),
+        attribute(3, &at.to_be_bytes()),
+        attribute(4, &length.to_be_bytes()),
     ];
     let masked = [
         attribute(1, &REGISTER.to_be_bytes()),
         attribute(2, &REGISTER.to_be_bytes()),
-        attribute(3, &4u32.to_be_bytes()),
-        attribute(4 | NESTED, &attribute(1, &net.netmask().octets())),
-        attribute(5 | NESTED, &attribute(1, &[0; 4])),
+        attribute(3, &length.to_be_bytes()),
+        attribute(4 | NESTED, &attribute(1, &octets(net.netmask()))),
+        attribute(5 | NESTED, &attribute(1, &vec![0; length as usize])),
     ];
     // `NFT_META_OIFNAME`.
     let link = [attribute(1, &REGISTER.to_be_bytes()), attribute(2, &7u32.to_be_bytes())];
@@ -55,7 +59,7 @@ pub fn masquerade(net: Ipv4Net, except: &str) -> Result<()> {
     let expressions = [
         expression("payload", &source.concat()),
         expression("bitwise", &masked.concat()),
-        expression("cmp", &compare(0, &net.network().octets())),
+        expression("cmp", &compare(0, &octets(net.network()))),
         expression("meta", &link.concat()),
         expression("cmp", &compare(1, &name)),
         expression("masq", &[]),
@@ -63,12 +67,19 @@ pub fn masquerade(net: Ipv4Net, except: &str) -> Result<()> {
     let rule = [attribute(1, TABLE), attribute(2, CHAIN), attribute(4 | NESTED, &expressions.concat())];
     let batch = [
         message(BATCH_BEGIN, REQUEST, 0, NF_TABLES, &[]),
-        message(NEW_TABLE, REQUEST | ACK | CREATE, IPV4, 0, &attribute(1, TABLE)),
-        message(NEW_CHAIN, REQUEST | ACK | CREATE, IPV4, 0, &chain.concat()),
-        message(NEW_RULE, REQUEST | ACK | CREATE | APPEND, IPV4, 0, &rule.concat()),
+        message(NEW_TABLE, REQUEST | ACK | CREATE, family, 0, &attribute(1, TABLE)),
+        message(NEW_CHAIN, REQUEST | ACK | CREATE, family, 0, &chain.concat()),
+        message(NEW_RULE, REQUEST | ACK | CREATE | APPEND, family, 0, &rule.concat()),
         message(BATCH_END, REQUEST, 0, NF_TABLES, &[]),
     ];
     send(&batch.concat(), 3).with_context(|| format!("masquerading {net} by nf_tables"))
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().into(),
+        IpAddr::V6(address) => address.octets().into(),
+    }
 }
 
 /// `NFT_CMP_EQ` is 0, `NFT_CMP_NEQ` 1.

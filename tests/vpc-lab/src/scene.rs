@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use crate::check::Check;
+use crate::check::{Check, Expected};
 use crate::lab::Lab;
 use crate::probe::{Bound, Kind, Probe};
 use crate::vpc::{Eni, VpcId, World};
@@ -81,6 +81,8 @@ impl Scene {
         let mut checks = Vec::new();
         for (instance, eni) in self.enis(&world) {
             let link = self.lab.link_of(&eni.id).map_or("-", |(_, link)| link);
+            let of_instance = self.enis(&world).into_iter().filter(|(other, _)| *other == instance);
+            let own: Vec<IpAddr> = of_instance.flat_map(|(_, eni)| eni.addresses()).collect();
             for address in eni.addresses() {
                 let row = format!("{instance} {link}  {address}");
                 checks
@@ -89,7 +91,8 @@ impl Scene {
                     row: row.clone(),
                     column: ITSELF.into(),
                     probe: Probe { from: instance.into(), bound: Bound::Nothing, to: address, kind },
-                    seen: None,
+                    // The address that is asked or, for secondary ones and behind masquerading, another of its own.
+                    expected: Expected::Answer { seen: own.clone() },
                 }));
             }
             for pod in self.pods_of(instance) {
@@ -190,7 +193,7 @@ impl Scene {
             row: source.row.clone(),
             column: source.class.into(),
             probe: Probe { from: instance.into(), bound: source.bound.clone(), to, kind },
-            seen: Some(seen),
+            expected: Expected::seen_as(seen),
         };
         Kind::ALL.map(check).into()
     }
@@ -216,7 +219,7 @@ impl Scene {
             row: format!("{} on {instance}", container.node),
             column: class.into(),
             probe: Probe { from: container.node.clone(), bound: Bound::Nothing, to, kind },
-            seen: Some(seen),
+            expected: Expected::seen_as(seen),
         };
         Kind::ALL.map(check).into()
     }
@@ -249,7 +252,7 @@ fn asks(world: &World, client: &Client, instance: &str, eni: &Eni, address: IpAd
         row: row.into(),
         column: client.class.clone(),
         probe: Probe { from: client.node.clone(), bound: bound.clone(), to, kind },
-        seen: (!is_masqueraded).then_some(own),
+        expected: Expected::Answer { seen: if is_masqueraded { Vec::new() } else { vec![own] } },
     };
     Kind::ALL.map(check).into()
 }

@@ -1,40 +1,48 @@
-//! Storms: ENIs, addresses and prefixes come and go at random, a reconcile after each, while conversations over everything
-//! else go on. None of them may lose a message. A seed replays a storm.
+//! Storms: ENIs, addresses and prefixes come and go as a script says, a reconcile after each, while conversations over
+//! everything else go on. None of them may lose a message. A seed replays a storm.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use fastrand::Rng;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::flows::{FlowReport, FlowSpec, Flows, Kind};
+use crate::flows::{FlowId, FlowReport, FlowSpec, Flows, Kind};
+use crate::kernel;
 use crate::lab::{Distribution, Lab};
 use crate::layouts::LAYOUTS;
 use crate::probe::{self, Bound, Probe};
-use crate::vpc::{CreateEni, Eni, EniId, SubnetId};
+use crate::script::{CLIENT, IPV6_ONLY, Machine, Operation, SUBNETS, Script, ScriptedEni, ipv4, ipv6, is_address};
+use crate::vpc::{CreateEni, EniId, SubnetId};
 
-/// A machine's ENIs at most.
-const ENIS: usize = 15;
-/// Subnets in which they are put.
-const SUBNETS: u8 = 5;
-/// The messages of a ping at 1 kHz, and of the quieter conversations.
+/// From one message to the next: of the pings near what happens, while eniup is at work; of all others, and of streams. The lab
+/// carries some 30,000 messages a second on two processors, which is not enough for a thousand over every address.
 const FAST: Duration = Duration::from_millis(1);
 const SLOW: Duration = Duration::from_millis(20);
-const PATIENCE: Duration = Duration::from_secs(5);
-/// After so many operations a plan is asked whether anything is left to do.
+/// How long an address that has gone is given to answer after all.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// How long the end of a stream may take to be known at its other end.
+const SETTLED: Duration = Duration::from_secs(5);
+/// After so many operations a plan is asked whether anything is left to do, and what has gone whether it answers.
 const LOOK: usize = 25;
+/// What eniup marks as its own, and the table of an ENI at device 0 of card 0.
+const MARK: u8 = 176;
+const FIRST_TABLE: u32 = 20_000;
 
 /// What a storm came to.
 pub struct Report {
     /// What was done, in order.
     pub operations: Vec<String>,
-    /// All conversations, those over ENIs that went included.
+    /// All conversations, those over what went included.
     pub flows: Vec<FlowReport>,
     /// Packets dropped by the VPC's source check.
     pub drops: u64,
+    pub rate: Rate,
+    /// When each operation began.
+    begun: Vec<Instant>,
 }
 
 impl Report {
@@ -42,305 +50,316 @@ impl Report {
     pub fn is_right(&self) -> bool {
         self.drops == 0 && self.flows.iter().all(FlowReport::is_whole)
     }
+
+    /// The conversations that have lost anything, each with the operation during which that began.
+    pub fn broken(&self) -> Vec<String> {
+        let told = |flow: &FlowReport| {
+            let during = flow.since.map(|since| self.begun.partition_point(|begun| *begun <= since));
+            match during.and_then(|n| n.checked_sub(1)) {
+                Some(n) => format!("{flow}; since operation {n}: {}", self.operations[n]),
+                None => flow.to_string(),
+            }
+        };
+        self.flows.iter().filter(|flow| !flow.is_whole()).map(told).collect()
+    }
+}
+
+/// What the pings that should be fast have really sent while eniup was at work.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Rate {
+    sent: u64,
+    /// Seconds, of each of them.
+    seconds: f64,
+}
+
+impl Rate {
+    /// Messages a second over each address.
+    pub fn per_second(&self) -> f64 {
+        self.sent as f64 / self.seconds
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(
+            f,
+            "{} messages of fast pings during reconciles, {:.0}/s over each address",
+            self.sent,
+            self.per_second()
+        )
+    }
 }
 
 struct Storm {
     lab: Lab,
-    rng: Rng,
     subnets: Vec<SubnetId>,
-    /// ENIs that come and go, with the conversations over their first addresses.
-    guests: BTreeMap<EniId, Flows>,
-    /// ENIs that stay; their further addresses may come and go.
-    residents: Vec<EniId>,
-    /// Addresses and prefixes that were assigned later, with their ENI.
-    extras: Vec<(EniId, IpNet)>,
-    flows: Vec<FlowReport>,
-    operations: Vec<String>,
-}
-
-/// One thing that happens to the machine.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Operation {
-    Attach,
-    Detach,
-    Assign,
-    AssignPrefix,
-    Unassign,
-    Move,
+    /// What has happened so far, and the VPC's names of its ENIs.
+    machine: Machine,
+    enis: BTreeMap<usize, EniId>,
+    flows: Flows,
+    /// The conversations over each address or prefix: its ping, then the others.
+    over: BTreeMap<IpNet, Vec<FlowId>>,
+    /// Pings that use no address in particular.
+    unbound: Vec<FlowId>,
+    /// What went since the last look.
+    gone: Vec<IpNet>,
+    ended: Vec<FlowReport>,
+    drops: u64,
+    rate: Rate,
 }
 
 /// Lets this many operations happen, a reconcile after each.
 ///
 /// # Errors
-/// A run fails, an address that should answer does not, or something is left to do after a run.
+/// A run fails, an address that should answer does not, something is left of what went, a conversation falls silent, or
+/// something is left to do after a run.
 pub fn play(eniup: &Path, seed: u64, operations: usize, progress: impl Fn(usize)) -> Result<Report> {
-    let mut storm = Storm::gather(eniup, seed)?;
-    let resident_flows = Flows::start(&storm.lab, &storm.resident_flows()?)?;
-    for n in 0..operations {
-        storm.strike().with_context(|| format!("seed {seed}, operation {n}: {:?}", storm.operations.last()))?;
-        if n % LOOK == 0 {
-            progress(n);
+    let script = Script::write(seed, operations);
+    let mut storm = Storm::launch(eniup, &script.launch).with_context(|| format!("seed {seed}, launch"))?;
+    let mut begun = Vec::new();
+    for (n, operation) in script.operations.iter().enumerate() {
+        begun.push(Instant::now());
+        storm.strike(operation).with_context(|| format!("seed {seed}, operation {n}: {operation}"))?;
+        if (n + 1) % LOOK == 0 {
+            progress(n + 1);
             storm.look().with_context(|| format!("seed {seed}, after operation {n}"))?;
         }
     }
     storm.look()?;
-    for (_, flows) in std::mem::take(&mut storm.guests) {
-        storm.flows.extend(flows.finish());
-    }
-    storm.flows.extend(resident_flows.finish());
-    let drops = storm.lab.fabric.source_drops();
-    Ok(Report { operations: storm.operations, flows: storm.flows, drops })
-}
-
-fn address6(subnet: u8, host: u16) -> Ipv6Addr {
-    Ipv6Addr::new(0x2600, 0x1f16, 0x67f, 0xf200 + u16::from(subnet), 0, 0, 0, host)
+    let Storm { lab: _lab, flows, mut ended, drops, rate, .. } = storm;
+    ended.extend(flows.finish());
+    let operations = script.operations.iter().map(Operation::to_string).collect();
+    Ok(Report { operations, flows: ended, drops, rate, begun })
 }
 
 impl Storm {
-    /// An instance with a primary and two more ENIs that stay, one of them in the primary's subnet; and clients.
-    fn gather(eniup: &Path, seed: u64) -> Result<Storm> {
+    /// The instance with the ENIs of its launch, a client in each subnet and one in the internet; all conversations begin.
+    fn launch(eniup: &Path, launch: &[ScriptedEni]) -> Result<Storm> {
         let mut lab = Lab::new(eniup)?;
         let subnets = lab.fabric.world(|world| -> Result<Vec<SubnetId>> {
             let vpc = world.create_vpc(&["10.0.0.0/16".parse()?, "2600:1f16:67f:f200::/56".parse()?]);
-            (0..SUBNETS)
-                .map(|n| {
-                    let ipv4 = Ipv4Net::new(Ipv4Addr::new(10, 0, n, 0), 24)?;
-                    world.create_subnet(&vpc, Some(ipv4), &[Ipv6Net::new(address6(n, 0), 64)?])
-                })
-                .collect()
+            let create = |n| {
+                let ipv4 = (n != IPV6_ONLY).then(|| Ipv4Net::new(ipv4(n, 0), 24)).transpose()?;
+                world.create_subnet(&vpc, ipv4, &[Ipv6Net::new(ipv6(n, 0), 64)?])
+            };
+            (0..SUBNETS).map(create).collect()
         })?;
-        let create = |subnet: u8, hosts: &[u8]| CreateEni {
-            subnet: subnets[usize::from(subnet)].clone(),
-            ipv4s: hosts.iter().map(|host| Ipv4Addr::new(10, 0, subnet, *host)).collect(),
-            ipv6s: vec![address6(subnet, hosts[0].into())],
-            ..CreateEni::default()
-        };
-        let residents: Vec<EniId> = [create(0, &[10, 11]), create(1, &[20, 21]), create(0, &[30])]
-            .into_iter()
-            .map(|create| lab.create_network_interface(create))
-            .collect::<Result<_>>()?;
-        lab.elastic_ip(&residents[1], None)?;
-        lab.run_instance("web", &residents, "m7i.24xlarge", Distribution::Primary)?;
-        for (name, subnet) in [("client0", 0), ("client1", 1), ("client4", 4)] {
-            let eni = lab.create_network_interface(create(subnet, &[100]))?;
-            lab.run_instance(name, &[eni], "t3.micro", Distribution::Primary)?;
+        for (n, subnet) in (0..).zip(subnets.iter().cloned()) {
+            let is_ipv6_only = n == IPV6_ONLY;
+            let ipv4s = if is_ipv6_only { Vec::new() } else { vec![ipv4(n, CLIENT)] };
+            let ipv6s = vec![ipv6(n, CLIENT.into())];
+            let create = CreateEni { subnet, ipv4s, ipv6s, is_ipv6_only, ..CreateEni::default() };
+            let eni = lab.create_network_interface(create)?;
+            lab.run_instance(&client(n), &[eni], "t3.micro", Distribution::Primary)?;
         }
         lab.add_internet_host("internet", Some([198, 51, 100, 7].into()), None)?;
-        let storm = Storm {
-            lab,
-            rng: Rng::with_seed(seed),
-            subnets,
-            guests: BTreeMap::new(),
-            residents,
-            extras: Vec::new(),
-            flows: Vec::new(),
-            operations: Vec::new(),
-        };
-        storm.reconcile()?;
+        let (machine, enis) = (Machine::default(), BTreeMap::new());
+        let (flows, over, unbound) = (Flows::start(&lab, &[])?, BTreeMap::new(), Vec::new());
+        let (gone, ended, drops, rate) = (Vec::new(), Vec::new(), 0, Rate::default());
+        let mut storm = Storm { lab, subnets, machine, enis, flows, over, unbound, gone, ended, drops, rate };
+        for eni in launch {
+            storm.create(eni)?;
+            storm.machine.apply(&Operation::Attach(eni.clone()));
+        }
+        let ids: Vec<EniId> = storm.enis.values().cloned().collect();
+        storm.lab.run_instance("web", &ids, "m7i.48xlarge", Distribution::Primary)?;
+        storm.eniup(&["reconcile"])?;
+        storm.converse_unbound(&ids[0])?;
+        let sources: Vec<IpNet> = storm.machine.sources().collect();
+        sources.into_iter().try_for_each(|source| storm.converse(source))?;
         Ok(storm)
     }
 
-    /// Long-lived streams and pings over every address that stays, and out of the instance. One ping of each ENI is fast, or
-    /// the conversations would need more of the machine than it has.
-    fn resident_flows(&self) -> Result<Vec<FlowSpec>> {
-        let world = self.lab.world();
-        let mut specs = Vec::new();
-        for eni in &self.residents {
-            for (n, address) in world.eni(eni)?.addresses().into_iter().enumerate() {
-                specs.push(flow("client4", address, Kind::Udp, if n == 0 { FAST } else { SLOW }));
-                specs.push(flow("client1", address, Kind::Tcp, SLOW));
-            }
-        }
-        for (public, _) in world.associations_of(&self.residents[1]) {
-            specs.push(flow("internet", public.into(), Kind::Tcp, SLOW));
-        }
-        specs.push(flow("web", IpAddr::from([10, 0, 4, 100]), Kind::Udp, FAST));
-        let own = IpAddr::from([10, 0, 1, 21]);
-        let to = IpAddr::from([10, 0, 0, 100]);
-        specs.push(FlowSpec { bound: Bound::Address(own), ..flow("web", to, Kind::Tcp, SLOW) });
-        Ok(specs)
+    fn create(&mut self, eni: &ScriptedEni) -> Result<()> {
+        let of =
+            |is_ipv4: bool| eni.sources.iter().map(IpNet::addr).filter(move |address| address.is_ipv4() == is_ipv4);
+        let ipv4s: Vec<_> =
+            of(true).filter_map(|address| if let IpAddr::V4(v4) = address { Some(v4) } else { None }).collect();
+        let ipv6s =
+            of(false).filter_map(|address| if let IpAddr::V6(v6) = address { Some(v6) } else { None }).collect();
+        let subnet = self.subnets[usize::from(eni.subnet)].clone();
+        let is_ipv6_only = ipv4s.is_empty();
+        let create = CreateEni { subnet, ipv4s, ipv6s, is_ipv6_only, ..CreateEni::default() };
+        let id = self.lab.create_network_interface(create)?;
+        self.enis.insert(eni.number, id);
+        Ok(())
     }
 
-    fn strike(&mut self) -> Result<()> {
-        let operation = self.choose();
-        let address = self.carry_out(operation)?;
-        self.reconcile()?;
-        match (operation, address) {
-            (_, None) => Ok(()),
-            (Operation::Attach, Some((eni, address))) => {
-                let specs = [Kind::Udp, Kind::Tcp].map(|kind| flow("client4", address, kind, SLOW));
-                self.guests.insert(eni, Flows::start(&self.lab, &specs)?);
-                Ok(())
-            }
-            (_, Some((_, address))) => self.assert_answers(address),
-        }
+    /// What uses no address in particular, in both directions and families, and the way from and to the internet.
+    fn converse_unbound(&mut self, primary: &EniId) -> Result<()> {
+        let public = self.lab.elastic_ip(primary, None)?;
+        let specs = [
+            flow("web", ipv4(1, CLIENT), Kind::Udp, SLOW),
+            flow("web", ipv6(IPV6_ONLY, CLIENT.into()), Kind::Udp, SLOW),
+            flow("web", [198, 51, 100, 7], Kind::Udp, SLOW),
+            flow("web", ipv4(2, CLIENT), Kind::Tcp, SLOW),
+            flow("internet", public, Kind::Tcp, SLOW),
+        ];
+        let ids = self.flows.add(&self.lab, &specs)?;
+        self.unbound = ids[..3].to_vec();
+        Ok(())
     }
 
-    /// One of those that are possible now.
-    fn choose(&mut self) -> Operation {
+    /// Begins the conversations over an address, or over one of a prefix by a container that has it; that they begin says
+    /// that it answers.
+    fn converse(&mut self, source: IpNet) -> Result<()> {
+        let (address, node) = match is_address(&source) {
+            true => (source.addr(), "web".to_string()),
+            false => (first_of(source), pod(source)),
+        };
+        if !is_address(&source) {
+            self.lab.add_pod(&node, "web", &[address])?;
+        }
+        // The ping from one subnet; the stream from another one, or out of the machine to there.
+        let number = host_number(address);
+        let clients = if address.is_ipv4() { IPV6_ONLY } else { SUBNETS };
+        let (near, far) = (number % clients, (number + 2) % clients);
+        let to = if address.is_ipv4() { IpAddr::from(ipv4(far, CLIENT)) } else { ipv6(far, CLIENT.into()).into() };
+        let stream = match number % 2 {
+            0 => flow(&client(far), address, Kind::Tcp, SLOW),
+            _ => FlowSpec { bound: Bound::Address(address), ..flow(&node, to, Kind::Tcp, SLOW) },
+        };
+        let specs = [flow(&client(near), address, Kind::Udp, SLOW), stream];
+        let ids = self.flows.add(&self.lab, &specs).with_context(|| format!("conversing over {source}"))?;
+        self.over.insert(source, ids);
+        Ok(())
+    }
+
+    /// Ends the conversations over what is about to go.
+    fn fall_silent(&mut self, source: IpNet) -> Result<()> {
+        let ids = self.over.remove(&source).with_context(|| format!("there are conversations over {source}"))?;
+        self.ended.extend(self.flows.end(ids));
+        if is_address(&source) { Ok(()) } else { self.lab.remove_pod(&pod(source)) }
+    }
+
+    /// Until the other side of every stream that ended knows it: it would otherwise go on sending to what has gone by then.
+    fn settle(&self) -> Result<()> {
+        let deadline = Instant::now() + SETTLED;
         loop {
-            let all = [
-                Operation::Attach,
-                Operation::Attach,
-                Operation::Detach,
-                Operation::Assign,
-                Operation::Assign,
-                Operation::AssignPrefix,
-                Operation::Unassign,
-                Operation::Move,
-            ];
-            let operation = all[self.rng.usize(..all.len())];
-            let is_possible = match operation {
-                Operation::Attach => self.residents.len() + self.guests.len() < ENIS,
-                Operation::Detach => !self.guests.is_empty(),
-                Operation::Assign | Operation::AssignPrefix => self.extras.len() < 60,
-                Operation::Unassign => !self.extras.is_empty(),
-                Operation::Move => self.movable().is_some(),
-            };
-            if is_possible {
-                return operation;
+            let streams = self.flows.progress().values().filter(|flow| flow.kind == Kind::Tcp).count();
+            let served = self.lab.streams();
+            if streams == served {
+                // Nor is anything of them still on its way out.
+                self.lab.fabric.drain();
+                return Ok(());
             }
+            ensure!(Instant::now() < deadline, "{served} streams are served, though there are {streams}");
         }
     }
 
-    /// Does it, and gives the ENI and address that should answer afterwards.
-    fn carry_out(&mut self, operation: Operation) -> Result<Option<(EniId, IpAddr)>> {
+    fn strike(&mut self, operation: &Operation) -> Result<()> {
+        for source in self.machine.leaving(operation) {
+            self.fall_silent(source)?;
+        }
+        self.settle()?;
+        self.lab.fabric.forget_drops();
+        let knocks = self.knock(operation)?;
+        self.carry_out(operation)?;
+        let fast = self.near(operation);
+        self.flows.pace(fast.clone(), FAST);
+        self.reconcile(&fast)?;
+        self.flows.pace(fast, SLOW);
+        self.drops += self.wrong_sources(!knocks.is_empty());
+        self.flows.forget(knocks);
+        ensure!(self.drops == 0, "a wrong source: {:#?}", self.lab.fabric.last_drops());
+        self.assert_gone(operation)?;
+        self.gone.extend(self.machine.leaving(operation));
+        self.machine.apply(operation);
+        Machine::coming(operation).into_iter().try_for_each(|source| self.converse(source))
+    }
+
+    /// The pings near the operation, and those that use no address in particular.
+    fn near(&self, operation: &Operation) -> Vec<FlowId> {
+        let pings =
+            self.machine.near(operation).into_iter().filter_map(|source| self.over.get(&source)?.first().copied());
+        pings.chain(self.unbound.iter().copied()).collect()
+    }
+
+    /// Somebody asks for an address that comes, from before it does: an answer that leaves by another ENI is seen as a drop.
+    fn knock(&mut self, operation: &Operation) -> Result<Vec<FlowId>> {
+        let sources = match operation {
+            Operation::Attach(eni) => eni.sources.clone(),
+            Operation::Assign { source, .. } if is_address(source) => vec![*source],
+            // Until eniup has heard of a move, the other ENI answers by its own way.
+            Operation::Assign { .. }
+            | Operation::Unassign { .. }
+            | Operation::Detach { .. }
+            | Operation::Move { .. } => Vec::new(),
+        };
+        let spec = |source: &IpNet| {
+            let clients = if source.addr().is_ipv4() { IPV6_ONLY } else { SUBNETS };
+            flow(&client((host_number(source.addr()) + 1) % clients), source.addr(), Kind::Udp, FAST)
+        };
+        let specs: Vec<FlowSpec> = sources.iter().map(spec).collect();
+        self.flows.knock(&self.lab, &specs)
+    }
+
+    /// Packets of this operation that the source check dropped. A machine that forwards for containers sends on what is for
+    /// an address that it does not have yet, with its sender's address.
+    fn wrong_sources(&self, is_knocked_at: bool) -> u64 {
+        if is_knocked_at { self.lab.fabric.misrouted() } else { self.lab.fabric.source_drops() }
+    }
+
+    /// EC2's part.
+    fn carry_out(&mut self, operation: &Operation) -> Result<()> {
         match operation {
-            Operation::Attach => self.attach().map(Some),
-            Operation::Detach => self.detach().map(|()| None),
-            Operation::Assign => self.assign().map(Some),
-            Operation::AssignPrefix => self.assign_prefix().map(|()| None),
-            Operation::Unassign => {
-                let (eni, source) = self.extras.swap_remove(self.rng.usize(..self.extras.len()));
-                self.operations.push(format!("unassign {source} from {eni}"));
-                self.lab.unassign(&eni, &[source]).map(|()| None)
+            Operation::Attach(eni) => {
+                self.create(eni)?;
+                self.lab.attach_network_interface(&self.enis[&eni.number], "web", 0, eni.device)
             }
-            Operation::Move => self.move_address().map(Some),
+            Operation::Detach { eni } => {
+                let id = self.enis.remove(eni).context("it is attached")?;
+                self.lab.detach_network_interface(&id)?;
+                self.lab.delete_network_interface(&id)
+            }
+            Operation::Assign { eni, source } => self.lab.assign(&self.enis[eni], &[*source], false),
+            Operation::Unassign { eni, source } => self.lab.unassign(&self.enis[eni], &[*source]),
+            Operation::Move { source, from: _, to } => self.lab.assign(&self.enis[to], &[*source], true),
         }
     }
 
-    fn attach(&mut self) -> Result<(EniId, IpAddr)> {
-        let subnet = self.rng.u8(..SUBNETS);
-        let host = self.free_host(subnet)?;
-        let ipv6s = if self.rng.bool() { vec![address6(subnet, host.into())] } else { Vec::new() };
-        let ipv4s = vec![Ipv4Addr::new(10, 0, subnet, host)];
-        let create =
-            CreateEni { subnet: self.subnets[usize::from(subnet)].clone(), ipv4s, ipv6s, ..CreateEni::default() };
-        let eni = self.lab.create_network_interface(create)?;
-        let world = self.lab.world();
-        let (_, instance) = self.lab.instances().find(|(name, _)| *name == "web").context("web is there")?;
-        let taken: Vec<u32> = world
-            .enis_of(instance)
-            .iter()
-            .filter_map(|eni| eni.attachment.as_ref().map(|at| at.device_number))
-            .collect();
-        let free: Vec<u32> = (1..ENIS as u32 + 5).filter(|device| !taken.contains(device)).collect();
-        let device = free[self.rng.usize(..free.len())];
-        self.operations.push(format!("attach {eni} (10.0.{subnet}.{host}) at {device}"));
-        self.lab.attach_network_interface(&eni, "web", 0, device)?;
-        Ok((eni, IpAddr::from([10, 0, subnet, host])))
+    /// Counts what the fast ones send meanwhile. Every conversation goes on during it and after it.
+    fn reconcile(&mut self, fast: &[FlowId]) -> Result<()> {
+        let before = self.flows.progress();
+        let begun = Instant::now();
+        self.eniup(&["reconcile", "--timeout", "10s"])?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let after = self.flows.progress();
+        self.rate.sent += fast.iter().map(|id| after[id].sent - before[id].sent).sum::<u64>();
+        self.rate.seconds += seconds * fast.len() as f64;
+        self.flows.go_on(1)
     }
 
-    fn detach(&mut self) -> Result<()> {
-        let guests: Vec<EniId> = self.guests.keys().cloned().collect();
-        let eni = guests[self.rng.usize(..guests.len())].clone();
-        self.operations.push(format!("detach {eni}"));
-        if let Some(flows) = self.guests.remove(&eni) {
-            self.flows.extend(flows.finish());
-        }
-        self.extras.retain(|(owner, _)| *owner != eni);
-        self.lab.detach_network_interface(&eni)?;
-        self.lab.delete_network_interface(&eni)
-    }
-
-    fn assign(&mut self) -> Result<(EniId, IpAddr)> {
-        let (eni, subnet) = self.any_eni()?;
-        let host = self.free_host(subnet)?;
-        let address = match self.rng.bool() {
-            true => IpAddr::from([10, 0, subnet, host]),
-            false => IpAddr::from(address6(subnet, 0x1000 + u16::from(host))),
+    /// No address that went is on the machine, nor a rule of eniup's for it; of an ENI neither a table.
+    fn assert_gone(&self, operation: &Operation) -> Result<()> {
+        let (gone, table) = match operation {
+            Operation::Attach(_) | Operation::Assign { .. } | Operation::Move { .. } => return Ok(()),
+            Operation::Unassign { source, .. } => (vec![*source], None),
+            Operation::Detach { eni } => {
+                let ScriptedEni { device, sources, .. } = &self.machine.enis[eni];
+                (sources.clone(), Some(FIRST_TABLE + device))
+            }
         };
-        self.operations.push(format!("assign {address} to {eni}"));
-        self.lab.assign(&eni, &[address.into()], false)?;
-        self.extras.push((eni.clone(), address.into()));
-        Ok((eni, address))
-    }
-
-    fn assign_prefix(&mut self) -> Result<()> {
-        let (eni, subnet) = self.any_eni()?;
-        // Sixteen of the upper half of each subnet, where no single address is taken.
-        let prefix: IpNet = Ipv4Net::new(Ipv4Addr::new(10, 0, subnet, 128 + 16 * self.rng.u8(..7)), 28)?.into();
-        if self.extras.iter().any(|(_, taken)| *taken == prefix) {
-            self.operations.push(format!("{prefix} is taken"));
-            return Ok(());
-        }
-        self.operations.push(format!("assign {prefix} to {eni}"));
-        self.lab.assign(&eni, &[prefix], false)?;
-        self.extras.push((eni, prefix));
+        let left = self.lab.node("web")?.enter(|| kernel::traces(MARK, &gone, table))?;
+        ensure!(left.is_empty(), "left of it: {left:#?}");
         Ok(())
     }
 
-    /// An address that came later, and another ENI of its subnet.
-    fn movable(&self) -> Option<(usize, EniId)> {
-        let world = self.lab.world();
-        self.extras.iter().enumerate().find_map(|(n, (owner, source))| {
-            let is_address = source.prefix_len() == 32 && source.addr().is_ipv4();
-            let subnet = &world.eni(owner).ok()?.subnet;
-            let all = self.residents.iter().chain(self.guests.keys());
-            let mut others = all.filter(|eni| *eni != owner && world.eni(eni).is_ok_and(|eni| eni.subnet == *subnet));
-            is_address.then(|| others.next().cloned()).flatten().map(|to| (n, to))
-        })
-    }
-
-    fn move_address(&mut self) -> Result<(EniId, IpAddr)> {
-        let (n, to) = self.movable().context("something can move")?;
-        let (from, source) = self.extras.swap_remove(n);
-        self.operations.push(format!("move {source} from {from} to {to}"));
-        self.lab.assign(&to, &[source], true)?;
-        self.extras.push((to.clone(), source));
-        Ok((to, source.addr()))
-    }
-
-    fn any_eni(&mut self) -> Result<(EniId, u8)> {
-        let all: Vec<EniId> = self.residents.iter().chain(self.guests.keys()).cloned().collect();
-        let id = all[self.rng.usize(..all.len())].clone();
-        let world = self.lab.world();
-        let Eni { ipv4s, .. } = world.eni(&id)?;
-        let [_, _, subnet, _] = ipv4s.first().context("every ENI here has an IPv4 address")?.octets();
-        Ok((id, subnet))
-    }
-
-    /// A host number of the lower half of a subnet that nobody has, of either family.
-    fn free_host(&mut self, subnet: u8) -> Result<u8> {
-        let world = self.lab.world();
-        let is_free = |host: &u8| {
-            let of_host = [
-                IpAddr::from([10, 0, subnet, *host]),
-                address6(subnet, (*host).into()).into(),
-                address6(subnet, 0x1000 + u16::from(*host)).into(),
-            ];
-            !world.enis.values().any(|eni| of_host.iter().any(|address| eni.owns(*address)))
+    /// Nothing is left to do, and what went does not answer: neither to others nor on the machine itself.
+    fn look(&mut self) -> Result<()> {
+        self.eniup(&["plan", "--detailed-exitcode"])?;
+        let mut gone = std::mem::take(&mut self.gone);
+        gone.retain(|source| self.machine.sources().all(|own| own != *source));
+        let probe = |from: &str, source: &IpNet| {
+            let to = if is_address(source) { source.addr() } else { first_of(*source) };
+            Probe { from: from.into(), bound: Bound::Nothing, to, kind: probe::Kind::Udp }
         };
-        let free: Vec<u8> = (4..128).filter(is_free).collect();
-        ensure!(!free.is_empty(), "subnet {subnet} is full");
-        Ok(free[self.rng.usize(..free.len())])
-    }
-
-    fn assert_answers(&self, address: IpAddr) -> Result<()> {
-        let from = "client4".to_string();
-        let probe = Probe { from, bound: Bound::Nothing, to: address, kind: probe::Kind::Udp };
-        let outcome = self.lab.probe(&[probe], PATIENCE)?.remove(0);
-        ensure!(outcome.is_answer_of(address), "{address}: {outcome}; {:#?}", self.lab.fabric.last_drops());
+        let probes: Vec<Probe> =
+            gone.iter().flat_map(|source| [probe("client0", source), probe("web", source)]).collect();
+        let outcomes = self.lab.probe(&probes, PATIENCE)?;
+        let answered = probes.iter().zip(&outcomes).find(|(_, outcome)| outcome.seen().is_some());
+        ensure!(answered.is_none(), "it answers, though it has gone: {answered:?}");
         Ok(())
-    }
-
-    fn reconcile(&self) -> Result<()> {
-        self.eniup(&["reconcile", "--timeout", "10s"])
-    }
-
-    /// Nothing is left to do.
-    fn look(&self) -> Result<()> {
-        self.eniup(&["plan", "--detailed-exitcode"])
     }
 
     fn eniup(&self, arguments: &[&str]) -> Result<()> {
@@ -353,48 +372,83 @@ impl Storm {
     }
 }
 
-fn flow(from: &str, to: IpAddr, kind: Kind, every: Duration) -> FlowSpec {
-    FlowSpec { from: from.into(), bound: Bound::Nothing, to, kind, every }
+fn flow(from: &str, to: impl Into<IpAddr>, kind: Kind, every: Duration) -> FlowSpec {
+    FlowSpec { from: from.into(), bound: Bound::Nothing, to: to.into(), kind, every }
 }
+
+fn client(subnet: u8) -> String {
+    format!("client{subnet}")
+}
+
+fn pod(prefix: IpNet) -> String {
+    format!("pod of {}", prefix.addr())
+}
+
+/// The address of a prefix that a container has.
+fn first_of(prefix: IpNet) -> IpAddr {
+    match prefix {
+        IpNet::V4(net) => Ipv4Addr::from(u32::from(net.network()) + 1).into(),
+        IpNet::V6(net) => Ipv6Addr::from(u128::from(net.network()) + 1).into(),
+    }
+}
+
+/// What tells addresses of a subnet apart.
+fn host_number(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(address) => address.octets()[3],
+        IpAddr::V6(address) => address.octets()[15],
+    }
+}
+
+/// Each conversation of a NAT box has this many answers before anything happens and after all has happened, and one more with
+/// each ENI that comes and with each that goes.
+const ANSWERS: u64 = 5;
 
 /// A NAT box that forwards this many conversations of a private subnet while ENIs come and go.
 ///
 /// # Errors
-/// A run fails.
+/// A run fails, or a conversation falls silent.
 pub fn nat_box(eniup: &Path, conversations: usize, rounds: u32) -> Result<Report> {
     let layout = LAYOUTS.iter().find(|layout| layout.name == "nat-box").context("there is a NAT box's layout")?;
-    let stage = (layout.build)(eniup)?;
-    let mut lab = stage.scene.lab;
-    let reconcile = |lab: &Lab| -> Result<()> {
-        let output = lab.eniup("web", &["reconcile"])?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
-    };
-    reconcile(&lab)?;
+    let mut lab = (layout.build)(eniup)?.scene.lab;
+    reconcile_nat_box(&lab)?;
     lab.fabric.forget_drops();
-    let spec = |n: usize| {
-        // One in ten is a stream; each of the others is a ping of its own port.
-        let kind = if n.is_multiple_of(10) { Kind::Tcp } else { Kind::Udp };
-        flow("client3", IpAddr::from([198, 51, 100, 7]), kind, Duration::from_millis(500))
-    };
-    let specs: Vec<FlowSpec> = (0..conversations).map(spec).collect();
+    // One in ten is a stream; each of the others is a ping of its own port.
+    let kind = |n: usize| if n.is_multiple_of(10) { Kind::Tcp } else { Kind::Udp };
+    let every = Duration::from_millis(200);
+    let specs: Vec<FlowSpec> = (0..conversations).map(|n| flow("client3", [198, 51, 100, 7], kind(n), every)).collect();
     let flows = Flows::start(&lab, &specs)?;
-    let mut operations = Vec::new();
+    flows.go_on(ANSWERS)?;
+    let (mut operations, mut begun) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         for subnet in [0u8, 1, 3] {
-            let world = lab.world();
-            let net = Ipv4Net::new(Ipv4Addr::new(10, 0, subnet, 0), 24)?;
-            let of_net = world.subnets.iter().find(|(_, subnet)| subnet.ipv4 == Some(net)).map(|(id, _)| id.clone());
-            let ipv4s = vec![Ipv4Addr::new(10, 0, subnet, 90)];
-            let create = CreateEni { subnet: of_net.context("the subnet is there")?, ipv4s, ..CreateEni::default() };
-            let eni = lab.create_network_interface(create)?;
-            lab.attach_network_interface(&eni, "web", 0, 5 + round % 3)?;
-            reconcile(&lab)?;
-            lab.detach_network_interface(&eni)?;
-            reconcile(&lab)?;
-            lab.delete_network_interface(&eni)?;
-            operations.push(format!("an ENI came to subnet {subnet} and went"));
+            begun.push(Instant::now());
+            operations.push(format!("an ENI comes to subnet {subnet} and goes"));
+            come_and_go(&mut lab, &flows, subnet, 5 + round % 3).with_context(|| operations.join(", "))?;
         }
     }
-    Ok(Report { operations, flows: flows.finish(), drops: lab.fabric.source_drops() })
+    flows.go_on(ANSWERS)?;
+    let flows = flows.finish();
+    Ok(Report { operations, flows, drops: lab.fabric.source_drops(), rate: Rate::default(), begun })
+}
+
+fn come_and_go(lab: &mut Lab, flows: &Flows, subnet: u8, device: u32) -> Result<()> {
+    let net = Ipv4Net::new(ipv4(subnet, 0), 24)?;
+    let world = lab.world();
+    let of_net = world.subnets.iter().find(|(_, subnet)| subnet.ipv4 == Some(net)).map(|(id, _)| id.clone());
+    let (subnet, ipv4s) = (of_net.context("the subnet is there")?, vec![ipv4(subnet, 90)]);
+    let eni = lab.create_network_interface(CreateEni { subnet, ipv4s, ..CreateEni::default() })?;
+    lab.attach_network_interface(&eni, "web", 0, device)?;
+    reconcile_nat_box(lab)?;
+    flows.go_on(1)?;
+    lab.detach_network_interface(&eni)?;
+    reconcile_nat_box(lab)?;
+    flows.go_on(1)?;
+    lab.delete_network_interface(&eni)
+}
+
+fn reconcile_nat_box(lab: &Lab) -> Result<()> {
+    let output = lab.eniup("web", &["reconcile"])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }

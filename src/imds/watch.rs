@@ -1,0 +1,66 @@
+//! Whether the service is still reached by the way that led there before.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use super::Error;
+use super::http::{self, Attempt};
+use super::pace::Pace;
+use super::way::{self, Surroundings, Way};
+
+/// How long a way is tried at first. The service has just answered, and by the same way it does so within milliseconds.
+const FIRST_TIME: Duration = Duration::from_millis(500);
+
+/// A way to the service that is looked at again and again.
+pub struct Watch {
+    way: Way,
+    pace: Pace,
+}
+
+impl Watch {
+    /// The way by this link if it leads to the service, else the plain one; none if neither does.
+    ///
+    /// # Errors
+    /// As of [`Imds::connect`](super::Imds::connect), but for an answer that does not come.
+    pub async fn find(
+        endpoint: Option<&str>,
+        surroundings: &Surroundings,
+        link: &str,
+        deadline: Instant,
+    ) -> Result<Option<Watch>, Error> {
+        let endpoints = way::endpoints(endpoint, surroundings)?;
+        for link in [Some(link), None] {
+            let (ways, pace) = (way::ways(&endpoints, link)?, Pace::default());
+            let until = deadline.min(Instant::now() + FIRST_TIME);
+            if let Ok(Ok((way, _))) = way::race(&ways, &pace, until).await {
+                return Ok(Some(Watch { way, pace }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks until nothing has come back this often in a row, and says why. An answer of whatever sort is one: that the
+    /// service is in trouble is not the network's fault.
+    pub async fn lost(&self, pause: Duration, failures: u32) -> String {
+        let mut failed = 0;
+        loop {
+            let next = Instant::now() + pause;
+            let Way { client, endpoint, .. } = &self.way;
+            let attempt = http::token(client, endpoint, &self.pace, next + pause).await;
+            match attempt {
+                Attempt::NoWay(_) | Attempt::Prohibited => failed += 1,
+                Attempt::Body(_)
+                | Attempt::NotFound
+                | Attempt::Unauthorized
+                | Attempt::Forbidden
+                | Attempt::Passing(_)
+                | Attempt::Useless(_) => failed = 0,
+            }
+            if failed >= failures {
+                return format!("metadata is not reached any more at {}: {}", self.way.shown(), attempt.shown());
+            }
+            sleep_until(next).await;
+        }
+    }
+}

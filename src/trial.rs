@@ -1,0 +1,190 @@
+//! A run on trial, as a file below the runtime directory: what it found, until when it may be confirmed, and what has come
+//! of it. It is written before the run's first change, so whoever reads it can roll back, also when the run is dead.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::{boot, write_whole};
+use crate::net::{Link, MacAddr, Observed};
+use crate::plan::Step;
+use crate::rollback::Before;
+
+/// Raised when the meaning of a field changes; a file of another version is not read.
+const VERSION: u32 = 1;
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Trial {
+    version: u32,
+    /// As of a [`Ledger`](crate::ledger::Ledger): these three tell whether it is about this machine's links.
+    boot: String,
+    pub primary: MacAddr,
+    /// The run, and when it began (milliseconds since boot): these two tell it from every other.
+    process: u32,
+    begun: u64,
+    /// Milliseconds for which it may be confirmed after its end.
+    pub window: u64,
+    /// Milliseconds since boot, time asleep included. Later it cannot be confirmed.
+    pub until: u64,
+    pub state: State,
+    pub before: Before,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It can be confirmed.
+    Open,
+    /// What it did stays.
+    Confirmed,
+    /// What it did is undone, for this reason. Only a run by hand may do it again.
+    RolledBack(String),
+    /// Somebody has decided otherwise by hand since: there is nothing left to roll back.
+    Superseded,
+}
+
+/// What a trial means to whoever comes upon it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// It can be confirmed for so long.
+    Waits(Duration),
+    /// It should have been rolled back by now, but whoever was to do it is gone.
+    Overdue,
+    RolledBack(String),
+    Confirmed,
+    Superseded,
+}
+
+impl Trial {
+    /// Of a run that has ended by then at the latest (milliseconds since boot).
+    pub fn new(primary: MacAddr, window: Duration, begun: u64, ended: u64) -> Trial {
+        let window = window.as_millis() as u64;
+        Trial {
+            version: VERSION,
+            boot: boot().unwrap_or_default(),
+            primary,
+            process: std::process::id(),
+            begun,
+            window,
+            until: ended + window,
+            state: State::Open,
+            before: Before::default(),
+        }
+    }
+
+    /// Whether anything was to be changed.
+    pub fn has_begun(&self) -> bool {
+        !self.before.is_empty()
+    }
+
+    /// Whether it is of the machine with these links: one that is woken from another one's memory has that one's boot.
+    pub fn is_of_machine(&self, links: &BTreeMap<u32, Link>) -> bool {
+        links.values().any(|link| link.mac == Some(self.primary))
+    }
+
+    pub fn is_same(&self, other: &Trial) -> bool {
+        (self.process, self.begun) == (other.process, other.begun)
+    }
+
+    /// Notes what these steps find, before they are made.
+    ///
+    /// # Errors
+    /// It cannot be written: then they must not be made, since nobody could undo them.
+    pub fn note(&mut self, steps: &[Step], observed: &Observed, directory: &Path) -> Result<()> {
+        self.before = self.before.noting(steps, observed);
+        self.save(directory).context("nothing that could not be rolled back is done")
+    }
+
+    /// The run has ended at this moment, so its time begins.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn await_confirmation(&mut self, now: u64, directory: &Path) -> Result<()> {
+        self.until = now + self.window;
+        self.save(directory)
+    }
+
+    pub fn standing(&self, now: u64) -> Standing {
+        match &self.state {
+            State::Open if now < self.until => Standing::Waits(Duration::from_millis(self.until - now)),
+            State::Open => Standing::Overdue,
+            State::RolledBack(why) => Standing::RolledBack(why.clone()),
+            State::Confirmed => Standing::Confirmed,
+            State::Superseded => Standing::Superseded,
+        }
+    }
+
+    /// # Errors
+    /// It cannot be written.
+    pub fn save(&self, directory: &Path) -> Result<()> {
+        write_whole(&path(directory), self)
+    }
+
+    /// # Errors
+    /// It cannot be written.
+    pub fn become_state(&mut self, state: State, directory: &Path) -> Result<()> {
+        self.state = state;
+        self.save(directory)
+    }
+}
+
+fn path(directory: &Path) -> PathBuf {
+    directory.join("trial.json")
+}
+
+/// The last trial of this boot.
+///
+/// # Errors
+/// There is something that cannot be read: nothing is known of a trial, and nothing is confirmed.
+pub fn load(directory: &Path) -> Result<Option<Trial>> {
+    let path = path(directory);
+    let bytes = match fs::read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
+    };
+    let trial: Trial = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
+    let is_of_this_boot = boot().is_some_and(|boot| boot == trial.boot);
+    Ok(Some(trial).filter(|trial| trial.version == VERSION && is_of_this_boot))
+}
+
+/// The same. One that cannot be read costs a line in the log, once: it may have been confirmed as well as not, and a
+/// machine must not stay without its addresses for a file.
+pub fn load_or_mend(directory: &Path) -> Option<Trial> {
+    load(directory).unwrap_or_else(|error| {
+        tracing::warn!("{error:#}; going on without it");
+        // What is no file cannot be taken away like one, and stays as it is.
+        let _ = fs::remove_file(path(directory));
+        None
+    })
+}
+
+/// Another run's trial stands before this one.
+#[derive(Debug)]
+pub enum InTheWay {
+    Waits(Duration),
+    RolledBack(String),
+}
+
+impl fmt::Display for InTheWay {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            InTheWay::Waits(left) => write!(
+                f,
+                "nothing was done: a run waits for its confirmation, for {} s at most; `eniup confirm` keeps what it did",
+                left.as_secs() + 1
+            ),
+            InTheWay::RolledBack(why) => write!(
+                f,
+                "nothing was done: the last run was rolled back ({why}), and doing it again by itself could cut somebody off \
+                 again; run `eniup reconcile`, with or without --confirm, to have it after all"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for InTheWay {}
