@@ -1,13 +1,13 @@
 //! Arguments to command to exit code. What the commands do is elsewhere.
 
 use std::fs;
-use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
@@ -17,6 +17,7 @@ use crate::config::{self, Config, File, Settings};
 use crate::config_files::{self, Places};
 use crate::confirm::{self, Verdict};
 use crate::desired::desired;
+use crate::doctor::{self, Diagnosis};
 use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
 use crate::fib::Packet;
@@ -30,6 +31,8 @@ use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::selection::select;
+use crate::snapshot::{NoMetadata, Snapshot};
+use crate::snapshot_file;
 use crate::status::{Status, Text, status};
 use crate::stderr::Unhindered;
 use crate::trial::InTheWay;
@@ -43,14 +46,13 @@ Examples:
   eniup status                every ENI, as metadata and the kernel have it
   eniup explain --from 10.0.1.20 --to 192.0.2.7
                               which way such a packet goes, why, and whether the VPC takes it
+  eniup doctor                what is wrong on this machine, and what to do about it
   sudo eniup release          take away everything that eniup added
+  eniup snapshot -o FILE      all that eniup looks at, for a bug report; `eniup plan --snapshot FILE` looks at it again
 
 Exit codes:
   0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
   64 usage   69 metadata unavailable   75 another run is busy or on trial   77 needs CAP_NET_ADMIN   78 bad configuration";
-
-/// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
-const LARGEST_SNAPSHOT: u64 = 64 << 20;
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
@@ -137,8 +139,10 @@ enum Command {
     Plan {
         /// Read metadata from a saved snapshot: a JSON object whose `leaves` maps metadata paths to their text. If it
         /// is another machine's, the plan is for a fresh one with its links named eth0, eth1, …
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
         metadata: Option<PathBuf>,
+        #[command(flatten)]
+        saved: Saved,
         /// Exit with 2 when something would change.
         #[arg(long)]
         detailed_exitcode: bool,
@@ -150,6 +154,8 @@ enum Command {
     },
     /// Show every ENI as metadata and the kernel have it.
     Status {
+        #[command(flatten)]
+        saved: Saved,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -162,9 +168,34 @@ enum Command {
     Explain {
         #[command(flatten)]
         question: Question,
+        #[command(flatten)]
+        saved: Saved,
         /// Print JSON.
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Look for what commonly goes wrong on a machine with several ENIs, with what to do about each. Changes nothing and needs
+    /// no privilege; exits with 1 if something fails.
+    Doctor {
+        #[command(flatten)]
+        saved: Saved,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration. For bug reports,
+    /// and for the commands with --snapshot. Needs no privilege; no secret is in it.
+    Snapshot {
+        /// The file; without it stdout.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Replace public addresses and account numbers, each by one of its own, so that it can be shown to others.
+        #[arg(long)]
+        redact: bool,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -192,6 +223,29 @@ enum ConfigCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Args)]
+struct Saved {
+    /// Look at a file that `eniup snapshot` wrote, with the configuration that is in it, instead of at this machine.
+    #[arg(long, value_name = "FILE")]
+    snapshot: Option<PathBuf>,
+}
+
+impl Command {
+    fn saved(&self) -> Option<&Path> {
+        match self {
+            Command::Plan { saved, .. }
+            | Command::Status { saved, .. }
+            | Command::Explain { saved, .. }
+            | Command::Doctor { saved, .. } => saved.snapshot.as_deref(),
+            Command::Reconcile { .. }
+            | Command::Confirm { .. }
+            | Command::Snapshot { .. }
+            | Command::Release { .. }
+            | Command::Config(_) => None,
+        }
+    }
 }
 
 const EXPLAIN_EXAMPLES: &str = "\
@@ -233,8 +287,7 @@ fn parse_mark(text: &str) -> Result<u32, std::num::ParseIntError> {
 const ANYWHERE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1))];
 
-/// A packet is explained also when metadata does not answer, so nobody waits long for it.
-const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const SOON: Duration = Duration::from_secs(3);
 
 impl Question {
     /// # Errors
@@ -284,6 +337,11 @@ impl Timeout {
     fn deadline(&self, config: &Config) -> Instant {
         // An hour is as good as for ever, and far from what an instant can hold.
         Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
+    }
+
+    /// For what has an answer also when metadata does not answer, so that nobody waits long for it.
+    fn soon(&self, config: &Config) -> Instant {
+        self.deadline(config).min(Instant::now() + self.timeout.unwrap_or(SOON))
     }
 }
 
@@ -360,7 +418,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<BadUsage>() {
             return Exit::Usage;
         }
-        if cause.is::<metadata::Unusable>() {
+        if cause.is::<metadata::Unusable>() || cause.is::<NoMetadata>() {
             return Exit::MetadataUnavailable;
         }
         if cause.is::<config::Problems>() {
@@ -378,11 +436,18 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 
 async fn dispatch(cli: &Cli) -> Result<Exit> {
     let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let files = match &cli.global.config {
-        Some(file) => vec![config_files::read_one(file)],
-        None => config_files::read_all(&Places::default()),
+    let saved = cli.command.saved().map(snapshot_file::read).transpose()?;
+    let files = match (&cli.global.config, &saved) {
+        (Some(file), _) => vec![config_files::read_one(file)],
+        (None, Some(saved)) => saved.configuration_files(),
+        (None, None) => config_files::read_all(&Places::default()),
     };
-    let settings = config::read(&files)?;
+    let (settings, problems) = match config::read(&files) {
+        Ok(settings) => (settings, None),
+        // A bad configuration is what a snapshot may be wanted for.
+        Err(problems) if matches!(cli.command, Command::Snapshot { .. }) => (Settings::default(), Some(problems)),
+        Err(problems) => return Err(problems.into()),
+    };
     let config = settings.config.clone();
     match &cli.command {
         Command::Reconcile { dry_run: true, timeout, .. } => {
@@ -404,22 +469,47 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
             show_report(&reconcile::reconcile(&options).await?)
         }
-        Command::Plan { metadata: Some(file), detailed_exitcode, json, timeout: _ } => {
+        Command::Plan { metadata: Some(file), detailed_exitcode, json, .. } => {
             let (attached, plan) = plan_offline(file, &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Plan { metadata: None, detailed_exitcode, json, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
+        Command::Plan { metadata: None, detailed_exitcode, json, timeout, saved: _ } => {
+            let (attached, plan) = match &saved {
+                Some(saved) => plan_saved(saved, &config)?,
+                None => reconcile::preview(endpoint, timeout.deadline(&config), &config).await?,
+            };
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Status { json, timeout } => {
-            let status = read_status(endpoint, timeout.deadline(&config), &config).await?;
+        Command::Status { json, timeout, saved: _ } => {
+            let (observed, tree) = match &saved {
+                Some(saved) => (saved.observed(config.mark), saved.tree()?),
+                None => look(endpoint, timeout.deadline(&config), &config).await?,
+            };
+            let status = make_status(&observed, &tree, &config)?;
             show_status(&status, cli.global.color, *json)
         }
-        Command::Explain { question, json, timeout } => {
-            let deadline = timeout.deadline(&config).min(Instant::now() + timeout.timeout.unwrap_or(EXPLAIN_TIMEOUT));
-            let explanation = read_explanation(question, endpoint, deadline, &config).await?;
+        Command::Explain { question, json, timeout, saved: _ } => {
+            let deadline = timeout.soon(&config);
+            let explanation = match &saved {
+                Some(saved) => explain_saved(question, saved, &config)?,
+                None => read_explanation(question, endpoint, deadline, &config).await?,
+            };
             show_explanation(&explanation, *json)
+        }
+        Command::Doctor { json, timeout, saved: _ } => {
+            let deadline = timeout.soon(&config);
+            let snapshot = match saved {
+                Some(saved) => saved,
+                None => snapshot_file::take(endpoint, deadline, &files, &lock::runtime_directory()).await?.0,
+            };
+            show_diagnosis(&doctor::examine(&snapshot, &config), *json)
+        }
+        Command::Snapshot { output, redact, timeout } => {
+            let (deadline, directory) = (timeout.deadline(&config), lock::runtime_directory());
+            let (snapshot, failure) = snapshot_file::take(endpoint, deadline, &files, &directory).await?;
+            show_snapshot(if *redact { snapshot.redacted()? } else { snapshot }, output.as_deref())?;
+            problems.map_or(Ok(()), |problems| Err(anyhow!(problems)))?;
+            failure.map_or(Ok(Exit::Ok), |error| Err(error.into()))
         }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
@@ -497,10 +587,10 @@ fn check_permission() -> Result<()> {
 
 /// Another machine's snapshot says nothing of this one's links, so the plan is made for a fresh machine.
 async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> {
-    let tree = read_snapshot(file).with_context(|| format!("the snapshot {} cannot be used", file.display()))?;
+    let tree = snapshot_file::read_metadata(file)?;
     // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
-    let attached = metadata::attached(&tree)
-        .map_err(|error| anyhow!("the snapshot {} cannot be used: {}", file.display(), error.what()))?;
+    let attached =
+        metadata::attached(&tree).map_err(|error| anyhow!("{}: {}", snapshot_file::unusable(file), error.what()))?;
     let mut observed = reconcile::observe(config).await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
@@ -509,15 +599,6 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     let attached = select(&attached, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
-}
-
-fn read_snapshot(file: &Path) -> Result<Tree> {
-    let mut bytes = Vec::new();
-    fs::File::open(file)?.take(LARGEST_SNAPSHOT + 1).read_to_end(&mut bytes)?;
-    ensure!(bytes.len() as u64 <= LARGEST_SNAPSHOT, "it is larger than {} MiB", LARGEST_SNAPSHOT >> 20);
-    let text = String::from_utf8(bytes)
-        .map_err(|error| anyhow!("it is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))?;
-    Tree::from_json(&text)
 }
 
 fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
@@ -563,13 +644,50 @@ fn show_report(report: &Report) -> Result<Exit> {
     Ok(report.exit())
 }
 
-async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<Status> {
+/// Both sides, with all that `status` shows.
+async fn look(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Observed, Tree)> {
     let observed = reconcile::observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::Details).await?;
+    Ok((observed, tree))
+}
+
+fn make_status(observed: &Observed, tree: &Tree, config: &Config) -> Result<Status> {
+    let attached = select(&metadata::attached(tree)?, tree, observed, config);
+    let plan = plan(&desired(&attached, config), observed, attached.primary, config);
+    Ok(status(tree, &attached, observed, &plan, config))
+}
+
+fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {
+    let (observed, tree) = (saved.observed(config.mark), saved.tree()?);
     let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
-    Ok(status(&tree, &attached, &observed, &plan, config))
+    Ok((attached, plan))
+}
+
+fn explain_saved(question: &Question, saved: &Snapshot, config: &Config) -> Result<Explanation> {
+    let observed = saved.observed(config.mark);
+    let packet = question.packet(&observed)?;
+    let why = explain::unaskable(&observed, &packet).unwrap_or("it is a snapshot's".into());
+    let tree = saved.tree().map_err(anyhow::Error::from);
+    let attached = tree.and_then(|tree| Ok(metadata::attached(&tree)?)).map_err(|error| format!("{error:#}"));
+    let known = Known { observed: &observed, attached: attached.as_ref().map_err(String::clone), config };
+    Ok(explain::explain(&known, &packet, &Said::Nothing(why)))
+}
+
+fn show_diagnosis(diagnosis: &Diagnosis, is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(diagnosis)?))?,
+        false => print(&diagnosis.to_string())?,
+    }
+    Ok(if diagnosis.verdict == doctor::Verdict::Fail { Exit::Failed } else { Exit::Ok })
+}
+
+fn show_snapshot(snapshot: Snapshot, output: Option<&Path>) -> Result<()> {
+    match output {
+        Some(path) => snapshot_file::write(&snapshot.to_json()?, path),
+        None => print(&snapshot.to_json()?),
+    }
 }
 
 async fn read_explanation(

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 30] = [
+const FLOW: [&str; 35] = [
     "net",
     "config",
     "eni",
@@ -22,14 +22,19 @@ const FLOW: [&str; 30] = [
     "fib",
     "explain",
     "ledger",
+    "markers",
+    "snapshot",
+    "doctor",
     "release",
     "rollback",
     "trial",
     "report",
     "config_files",
+    "machine_files",
     "imds",
     "lock",
     "netlink",
+    "snapshot_file",
     "reconcile",
     "confirm",
     "status",
@@ -39,7 +44,7 @@ const FLOW: [&str; 30] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 18] = [
+const PURE: [&str; 21] = [
     "net",
     "config",
     "eni",
@@ -55,6 +60,9 @@ const PURE: [&str; 18] = [
     "plan",
     "fib",
     "explain",
+    "markers",
+    "snapshot",
+    "doctor",
     "release",
     "rollback",
     "status",
