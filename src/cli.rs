@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 
@@ -104,6 +104,10 @@ enum Command {
         /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
         #[arg(long, conflicts_with = "dry_run")]
         automatic: bool,
+        /// For udev: a link has come or gone, and metadata may list it only later. Waits until every network card here is
+        /// listed, but for those that the configuration ignores.
+        #[arg(long, conflicts_with = "dry_run")]
+        hotplug: bool,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -169,6 +173,11 @@ impl Timeout {
         // An hour is as good as for ever, and far from what an instant can hold.
         Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
     }
+}
+
+/// The whole command line, for manual and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command of the process's arguments and gives its exit code.
@@ -254,9 +263,10 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
             show_plan(&attached, &plan, false, false)
         }
-        Command::Reconcile { dry_run: false, automatic, timeout } => {
+        Command::Reconcile { dry_run: false, automatic, hotplug, timeout } => {
             check_permission()?;
-            let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
+            let options =
+                Options { is_automatic: *automatic, is_hotplug: *hotplug, ..options(endpoint, timeout, config) };
             show_report(&reconcile::reconcile(&options).await?)
         }
         Command::Plan { metadata: Some(file), detailed_exitcode, json, timeout: _ } => {
@@ -310,6 +320,7 @@ fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options
         deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
         is_automatic: false,
+        is_hotplug: false,
         config,
     }
 }

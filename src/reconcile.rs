@@ -15,7 +15,7 @@ use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger};
 use crate::lock;
 use crate::metadata::{self, Tree};
-use crate::net::{MacAddr, Observed};
+use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
@@ -23,7 +23,7 @@ use crate::policy;
 use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
-use crate::selection::select;
+use crate::selection::{select, unlisted_links};
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
@@ -47,6 +47,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// Nobody looks on: what rests on metadata alone is taken away on proof only.
     pub is_automatic: bool,
+    /// A link has come or gone: metadata lists an ENI seconds after its link is here at times, so it is waited for.
+    pub is_hotplug: bool,
     pub config: Config,
 }
 
@@ -90,6 +92,9 @@ pub async fn reconcile(options: &Options) -> Result<Report> {
         let changes = report.changes;
         report = converge(&mut netlink, desire, all.primary, options).await?;
         report.troubles.extend(pending_troubles(&attached));
+        if options.is_hotplug {
+            report.troubles.extend(unlisted_troubles(&all, &netlink.observe().await?, &options.config));
+        }
         report.changes += changes;
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
@@ -315,6 +320,13 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
         Some((attached.ready.get(mac)?.id.clone(), Trouble { state: State::Pending, why: why.join("; ") }))
     });
     pending.chain(disputed).chain(malformed).collect()
+}
+
+/// The links that metadata may come to tell of.
+fn unlisted_troubles(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(String, Trouble)> {
+    let trouble = |mac| Trouble { state: State::Pending, why: format!("metadata does not list its MAC {mac}") };
+    let of_link = |link: &Link| Some((format!("link {}", link.name), trouble(link.mac?)));
+    unlisted_links(attached, observed, config).into_iter().filter_map(of_link).collect()
 }
 
 /// What a run would do at this moment, without waiting for pending ENIs and without changing anything.
