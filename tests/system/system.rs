@@ -68,6 +68,9 @@ impl System {
                 Ok(state.trim() == "running")
             })?;
             system.run(&["udevadm", "settle"])?;
+            system.wait(minute, "the kernel's link-local addresses", |system| {
+                Ok(system.says(&["ip", "-6", "addr", "show", "tentative"])?.is_empty())
+            })?;
         }
         if matches!(installed, Installed::Enabled) {
             system.wait(Duration::from_secs(15), "the second ENI", |system| {
