@@ -195,6 +195,14 @@ impl System {
         Ok(ours)
     }
 
+    /// Nobody took away what eniup has added.
+    pub fn ensure_ours(&self, before: &[String]) -> Result<()> {
+        let now = self.network_of_ours()?;
+        let lost: Vec<&String> = before.iter().filter(|line| !now.contains(line)).collect();
+        ensure!(lost.is_empty(), "lost: {lost:#?}\nnow: {now:#?}");
+        Ok(())
+    }
+
     pub fn is_configured(&self, link: &str) -> Result<bool> {
         Ok(self.says(&["networkctl", "status", "--no-pager", link])?.contains("(configured)"))
     }
