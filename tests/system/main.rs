@@ -103,19 +103,20 @@ fn hotplugged_enis_are_configured_and_gone_ones_are_cleared_away() {
     });
 }
 
-/// The first event starts a run, which metadata holds up; those that come meanwhile cause one more.
+/// The first event starts a run, which dead metadata holds up; those that come meanwhile cause one more.
 #[test]
 fn events_during_a_run_cause_exactly_one_more() {
     vpc_lab::inside(|| {
         let system = System::boot(Installed::Enabled)?;
-        system.slow_metadata(Duration::from_millis(400))?;
         let runs = system.runs("hotplug")?;
+        system.kill_metadata()?;
         system.event()?;
         system.wait(SOON, "a run", |system| Ok(system.runs("hotplug")? == runs + 1))?;
         for _ in 0..20 {
             system.event()?;
         }
-        ensure!(!system.is_idle("hotplug")?, "the run had ended before all events had come");
+        ensure!(system.runs("hotplug")? == runs + 1 && !system.is_idle("hotplug")?, "the run had ended by then");
+        system.revive_metadata()?;
         system.wait(Duration::from_secs(60), "the runs' end", |system| system.is_idle("hotplug"))?;
         ensure!(system.runs("hotplug")? == runs + 2, "{} runs", system.runs("hotplug")? - runs);
         system.event()?;
@@ -126,28 +127,32 @@ fn events_during_a_run_cause_exactly_one_more() {
     });
 }
 
+/// The run behind the start may come before networkd has taken the primary's address over, with which the kernel removes routes;
+/// then the timer's is the one that heals.
 #[test]
 fn a_restart_of_networkd_is_followed_by_a_run() {
+    const TIMER: Duration = Duration::from_secs(45);
     vpc_lab::inside(|| {
         let system = System::boot(Installed::Enabled)?;
         system.write("/etc/systemd/network/10-primary.network", "[Match]\nName=ens5\n[Network]\nDHCP=ipv4\n")?;
         let configured = system.network_of_ours()?;
-        let runs = system.runs("refresh")?;
-        system.run(&["systemctl", "start", "systemd-networkd"])?;
-        system.wait(SOON, "a run after the start", |system| Ok(system.runs("refresh")? == runs + 1))?;
-        system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
-        system.ensure_ours(&configured)?;
-        system.run(&["systemctl", "restart", "systemd-networkd"])?;
-        system.wait(SOON, "a run after the restart", |system| Ok(system.runs("refresh")? == runs + 2))?;
-        system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
-        system.wait(SOON, "its end", |system| system.is_idle("refresh"))?;
-        system.ensure_ours(&configured)?;
+        for verb in ["start", "restart"] {
+            let runs = system.runs("refresh")?;
+            system.run(&["systemctl", verb, "systemd-networkd"])?;
+            // Sooner than the timer, which comes 26 s after a run at the earliest.
+            system.wait(SOON, "a run behind it", |system| Ok(system.runs("refresh")? > runs))?;
+            system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
+            system.wait(TIMER, "all of eniup's", |system| {
+                Ok(system.is_idle("refresh")? && system.ensure_ours(&configured).is_ok())
+            })?;
+        }
         // A restart while a run is under way: that one begins anew.
-        system.slow_metadata(Duration::from_millis(300))?;
+        system.kill_metadata()?;
+        let runs = system.runs("refresh")?;
         system.run(&["systemctl", "start", "--no-block", "eniup-refresh.service"])?;
-        system.wait(SOON, "a run", |system| Ok(system.runs("refresh")? == runs + 3))?;
+        system.wait(SOON, "a run", |system| Ok(system.runs("refresh")? == runs + 1))?;
         system.run(&["systemctl", "restart", "systemd-networkd"])?;
-        system.wait(SOON, "its second beginning", |system| Ok(system.runs("refresh")? == runs + 4))?;
+        system.wait(SOON, "its second beginning", |system| Ok(system.runs("refresh")? == runs + 2))?;
         Ok(())
     });
 }

@@ -68,9 +68,6 @@ impl System {
                 Ok(state.trim() == "running")
             })?;
             system.run(&["udevadm", "settle"])?;
-            system.wait(minute, "the kernel's link-local addresses", |system| {
-                Ok(system.says(&["ip", "-6", "addr", "show", "tentative"])?.is_empty())
-            })?;
         }
         if matches!(installed, Installed::Enabled) {
             system.wait(Duration::from_secs(15), "the second ENI", |system| {
@@ -122,8 +119,8 @@ impl System {
         self.lab.set_propagation("web", Propagation { overrides, ..Propagation::default() })
     }
 
-    pub fn slow_metadata(&self, latency: Duration) -> Result<()> {
-        self.lab.service("web")?.set_latency(latency);
+    pub fn kill_metadata(&self) -> Result<()> {
+        self.lab.service("web")?.set_faults(dead());
         Ok(())
     }
 
@@ -154,15 +151,18 @@ impl System {
         Ok(!is_waiting && ["inactive", "failed"].contains(&state.lines().next().unwrap_or_default()))
     }
 
-    /// Links, addresses, routes and rules.
+    /// Links, addresses, routes and rules, once the kernel has made up its mind about its own IPv6 addresses.
     pub fn network(&self) -> Result<String> {
+        self.wait(Duration::from_secs(15), "the kernel's link-local addresses", |system| {
+            Ok(system.says(&["ip", "-6", "addr", "show", "tentative"])?.is_empty())
+        })?;
         let mut all = String::new();
         for what in ["-d link", "addr", "-4 route show table all", "-6 route show table all", "-4 rule", "-6 rule"] {
             let words: Vec<&str> = std::iter::once("ip").chain(what.split(' ')).collect();
             for line in self.says(&words)?.lines() {
-                // How long something is valid goes down by itself, and so does the doubt about a new IPv6 address.
+                // How long something is valid goes down by itself.
                 if !line.contains("valid_lft") {
-                    all += &format!("{}\n", line.replace(" tentative", ""));
+                    all += &format!("{line}\n");
                 }
             }
         }
