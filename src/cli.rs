@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
@@ -121,6 +121,10 @@ enum Command {
         /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
         #[arg(long, conflicts_with = "dry_run")]
         automatic: bool,
+        /// For udev: a link has come or gone, and metadata may list it only later. Waits until every network card here is
+        /// listed, but for those that the configuration ignores.
+        #[arg(long, conflicts_with = "dry_run")]
+        hotplug: bool,
         /// Roll back to what was unless `eniup confirm` is run within this time after the changes: 60, 90s, 5m; or at once
         /// when metadata is not reached any more by the primary ENI, or on Ctrl-C. A terminal or SSH session that goes
         /// away does not stop it. Meanwhile, and after a rollback until somebody reconciles by hand, automatic runs do
@@ -354,6 +358,11 @@ fn parse_window(text: &str) -> Result<Duration, String> {
     window.ok_or_else(|| format!("expected {least} to {most}, as 60, 90s or 5m"))
 }
 
+/// The whole command line, for manual and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the command of the process's arguments and gives its exit code.
 pub fn run() -> Exit {
     let cli = match Cli::try_parse() {
@@ -464,9 +473,10 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             print("confirmed: what the run on trial did stays\n")?;
             Ok(Exit::Ok)
         }
-        Command::Reconcile { dry_run: false, automatic, timeout, .. } => {
+        Command::Reconcile { dry_run: false, automatic, hotplug, timeout, .. } => {
             check_permission()?;
-            let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
+            let options =
+                Options { is_automatic: *automatic, is_hotplug: *hotplug, ..options(endpoint, timeout, config) };
             show_report(&reconcile::reconcile(&options).await?)
         }
         Command::Plan { metadata: Some(file), detailed_exitcode, json, .. } => {
@@ -569,6 +579,7 @@ fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options
         deadline: timeout.deadline(&config),
         directory: lock::runtime_directory(),
         is_automatic: false,
+        is_hotplug: false,
         config,
     }
 }
