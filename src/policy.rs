@@ -228,6 +228,11 @@ pub fn priority_after_guard(config: &Config, n: usize) -> u32 {
     u32::try_from(n).map_or(last, |n| config.guard_priority.saturating_add(1 + n).min(last))
 }
 
+/// A rule that others can go on at, and that does nothing: its table is empty.
+pub fn landing_rule(config: &Config, family: Family, priority: u32) -> Rule {
+    rule(config, family, priority, config.table_base.saturating_sub(1))
+}
+
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.
 pub fn bound_rule(config: &Config, link_name: &str, family: Family, table: u32) -> Rule {
     Rule { oif: Some(link_name.into()), ..rule(config, family, table, table) }
