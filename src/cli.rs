@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
@@ -18,6 +18,7 @@ use crate::config::{self, Config, File, Settings};
 use crate::config_files::{self, Places};
 use crate::confirm::{self, Verdict};
 use crate::desired::desired;
+use crate::doctor::{self, Diagnosis};
 use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
 use crate::fib::Packet;
@@ -31,6 +32,8 @@ use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::selection::select;
+use crate::snapshot::{NoMetadata, Snapshot};
+use crate::snapshot_file;
 use crate::status::{Status, Text, status};
 use crate::stderr::Unhindered;
 use crate::trial::InTheWay;
@@ -45,14 +48,13 @@ Examples:
   eniup status                every ENI, as metadata and the kernel have it
   eniup explain --from 10.0.1.20 --to 192.0.2.7
                               which way such a packet goes, why, and whether the VPC takes it
+  eniup doctor                what is wrong on this machine, and what to do about it
   sudo eniup release          take away everything that eniup added
+  eniup snapshot -o FILE      all that eniup looks at, for a bug report; `eniup plan --snapshot FILE` looks at it again
 
 Exit codes:
   0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
   64 usage   69 metadata unavailable   75 another run is busy or on trial   77 needs CAP_NET_ADMIN   78 bad configuration";
-
-/// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
-const LARGEST_SNAPSHOT: u64 = 64 << 20;
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
@@ -121,6 +123,10 @@ enum Command {
         /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
         #[arg(long, conflicts_with = "dry_run")]
         automatic: bool,
+        /// For udev: a link has come or gone, and metadata may list it only later. Waits until every network card here is
+        /// listed, but for those that the configuration ignores.
+        #[arg(long, conflicts_with = "dry_run")]
+        hotplug: bool,
         /// Roll back to what was unless `eniup confirm` is run within this time after the changes: 60, 90s, 5m; or at once
         /// when metadata is not reached any more by the primary ENI, or on Ctrl-C. A terminal or SSH session that goes
         /// away does not stop it. Meanwhile, and after a rollback until somebody reconciles by hand, automatic runs do
@@ -139,8 +145,10 @@ enum Command {
     Plan {
         /// Read metadata from a saved snapshot: a JSON object whose `leaves` maps metadata paths to their text. If it
         /// is another machine's, the plan is for a fresh one with its links named eth0, eth1, …
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with = "snapshot")]
         metadata: Option<PathBuf>,
+        #[command(flatten)]
+        saved: Saved,
         /// Exit with 2 when something would change.
         #[arg(long)]
         detailed_exitcode: bool,
@@ -152,6 +160,8 @@ enum Command {
     },
     /// Show every ENI as metadata and the kernel have it.
     Status {
+        #[command(flatten)]
+        saved: Saved,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -164,6 +174,8 @@ enum Command {
     Explain {
         #[command(flatten)]
         question: Question,
+        #[command(flatten)]
+        saved: Saved,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -173,9 +185,32 @@ enum Command {
     /// Stay, and keep it so: repairs what others undo as soon as the kernel tells of it, and asks metadata now and then. Ends
     /// by SIGTERM or SIGINT, reads its configuration anew on SIGHUP, and tells systemd how it is (Type=notify).
     Watch {
-        /// Between two readings of metadata; longer where reading would cost more than a thousandth of a core.
-        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "2s")]
-        interval: Duration,
+        /// Between two readings of metadata. Without it 2s, or longer where that would cost more than a thousandth of a core.
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        interval: Option<Duration>,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Look for what commonly goes wrong on a machine with several ENIs, with what to do about each. Changes nothing and needs
+    /// no privilege; exits with 1 if something fails.
+    Doctor {
+        #[command(flatten)]
+        saved: Saved,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
+    /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration. For bug reports,
+    /// and for the commands with --snapshot. Needs no privilege; no secret is in it.
+    Snapshot {
+        /// The file; without it stdout.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Replace public addresses and account numbers, each by one of its own, so that it can be shown to others.
+        #[arg(long)]
+        redact: bool,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -203,6 +238,30 @@ enum ConfigCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Args)]
+struct Saved {
+    /// Look at a file that `eniup snapshot` wrote, with the configuration that is in it, instead of at this machine.
+    #[arg(long, value_name = "FILE")]
+    snapshot: Option<PathBuf>,
+}
+
+impl Command {
+    fn saved(&self) -> Option<&Path> {
+        match self {
+            Command::Plan { saved, .. }
+            | Command::Status { saved, .. }
+            | Command::Explain { saved, .. }
+            | Command::Doctor { saved, .. } => saved.snapshot.as_deref(),
+            Command::Reconcile { .. }
+            | Command::Confirm { .. }
+            | Command::Snapshot { .. }
+            | Command::Release { .. }
+            | Command::Watch { .. }
+            | Command::Config(_) => None,
+        }
+    }
 }
 
 const EXPLAIN_EXAMPLES: &str = "\
@@ -244,8 +303,7 @@ fn parse_mark(text: &str) -> Result<u32, std::num::ParseIntError> {
 const ANYWHERE: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1))];
 
-/// A packet is explained also when metadata does not answer, so nobody waits long for it.
-const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(3);
+const SOON: Duration = Duration::from_secs(3);
 
 impl Question {
     /// # Errors
@@ -296,6 +354,11 @@ impl Timeout {
         // An hour is as good as for ever, and far from what an instant can hold.
         Instant::now() + self.timeout.unwrap_or(config.timeout).min(Duration::from_secs(3600))
     }
+
+    /// For what has an answer also when metadata does not answer, so that nobody waits long for it.
+    fn soon(&self, config: &Config) -> Instant {
+        self.deadline(config).min(Instant::now() + self.timeout.unwrap_or(SOON))
+    }
 }
 
 /// A bare number is one of seconds: nobody who is in a hurry should have to look up units.
@@ -305,6 +368,11 @@ fn parse_window(text: &str) -> Result<Duration, String> {
         seconds.or_else(|| humantime::parse_duration(text).ok()).filter(|window| policy::TRIAL.contains(window));
     let [least, most] = [policy::TRIAL.start(), policy::TRIAL.end()].map(|end| humantime::format_duration(*end));
     window.ok_or_else(|| format!("expected {least} to {most}, as 60, 90s or 5m"))
+}
+
+/// The whole command line, for manual and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command of the process's arguments and gives its exit code.
@@ -371,7 +439,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         if cause.is::<BadUsage>() {
             return Exit::Usage;
         }
-        if cause.is::<metadata::Unusable>() {
+        if cause.is::<metadata::Unusable>() || cause.is::<NoMetadata>() {
             return Exit::MetadataUnavailable;
         }
         if cause.is::<config::Problems>() {
@@ -399,8 +467,17 @@ fn config_texts(file: Option<&Path>) -> Vec<File> {
 
 async fn dispatch(cli: &Cli) -> Result<Exit> {
     let endpoint = cli.global.imds_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    let files = config_texts(cli.global.config.as_deref());
-    let settings = config::read(&files)?;
+    let saved = cli.command.saved().map(snapshot_file::read).transpose()?;
+    let files = match (&cli.global.config, &saved) {
+        (None, Some(saved)) => saved.configuration_files(),
+        (file, _) => config_texts(file.as_deref()),
+    };
+    let (settings, problems) = match config::read(&files) {
+        Ok(settings) => (settings, None),
+        // A bad configuration is what a snapshot may be wanted for.
+        Err(problems) if matches!(cli.command, Command::Snapshot { .. }) => (Settings::default(), Some(problems)),
+        Err(problems) => return Err(problems.into()),
+    };
     let config = settings.config.clone();
     match &cli.command {
         Command::Reconcile { dry_run: true, timeout, .. } => {
@@ -417,39 +494,66 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             print("confirmed: what the run on trial did stays\n")?;
             Ok(Exit::Ok)
         }
-        Command::Reconcile { dry_run: false, automatic, timeout, .. } => {
+        Command::Reconcile { dry_run: false, automatic, hotplug, timeout, .. } => {
             check_permission()?;
-            let options = Options { is_automatic: *automatic, ..options(endpoint, timeout, config) };
+            let options =
+                Options { is_automatic: *automatic, is_hotplug: *hotplug, ..options(endpoint, timeout, config) };
             show_report(&reconcile::reconcile(&options).await?)
         }
-        Command::Plan { metadata: Some(file), detailed_exitcode, json, timeout: _ } => {
+        Command::Plan { metadata: Some(file), detailed_exitcode, json, .. } => {
             let (attached, plan) = plan_offline(file, &config).await?;
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Plan { metadata: None, detailed_exitcode, json, timeout } => {
-            let (attached, plan) = reconcile::preview(endpoint, timeout.deadline(&config), &config).await?;
+        Command::Plan { metadata: None, detailed_exitcode, json, timeout, saved: _ } => {
+            let (attached, plan) = match &saved {
+                Some(saved) => plan_saved(saved, &config)?,
+                None => reconcile::preview(endpoint, timeout.deadline(&config), &config).await?,
+            };
             show_plan(&attached, &plan, *detailed_exitcode, *json)
         }
-        Command::Status { json, timeout } => {
-            let status = read_status(endpoint, timeout.deadline(&config), &config).await?;
+        Command::Status { json, timeout, saved: _ } => {
+            let (observed, tree) = match &saved {
+                Some(saved) => (saved.observed(config.mark), saved.tree()?),
+                None => look(endpoint, timeout.deadline(&config), &config).await?,
+            };
+            let status = make_status(&observed, &tree, &config)?;
             show_status(&status, cli.global.color, *json)
         }
-        Command::Explain { question, json, timeout } => {
-            let deadline = timeout.deadline(&config).min(Instant::now() + timeout.timeout.unwrap_or(EXPLAIN_TIMEOUT));
-            let explanation = read_explanation(question, endpoint, deadline, &config).await?;
+        Command::Explain { question, json, timeout, saved: _ } => {
+            let deadline = timeout.soon(&config);
+            let explanation = match &saved {
+                Some(saved) => explain_saved(question, saved, &config)?,
+                None => read_explanation(question, endpoint, deadline, &config).await?,
+            };
             show_explanation(&explanation, *json)
         }
         Command::Watch { interval, timeout } => {
             check_permission()?;
             let file = cli.global.config.clone();
             let watched = Watch {
-                interval: (*interval).max(SHORTEST_INTERVAL),
+                interval: interval.unwrap_or(policy::WATCH_INTERVAL).max(SHORTEST_INTERVAL),
+                is_thrifty: interval.is_none(),
                 timeout: timeout.timeout.unwrap_or(config.timeout),
                 reload: Box::new(move || Ok(config::read(&config_texts(file.as_deref()))?.config)),
             };
             let options = Options { is_automatic: true, ..options(endpoint, timeout, config) };
             watch::watch(options, &watched).await?;
             Ok(Exit::Ok)
+        }
+        Command::Doctor { json, timeout, saved: _ } => {
+            let deadline = timeout.soon(&config);
+            let snapshot = match saved {
+                Some(saved) => saved,
+                None => snapshot_file::take(endpoint, deadline, &files, &lock::runtime_directory()).await?.0,
+            };
+            show_diagnosis(&doctor::examine(&snapshot, &config), *json)
+        }
+        Command::Snapshot { output, redact, timeout } => {
+            let (deadline, directory) = (timeout.deadline(&config), lock::runtime_directory());
+            let (snapshot, failure) = snapshot_file::take(endpoint, deadline, &files, &directory).await?;
+            show_snapshot(if *redact { snapshot.redacted()? } else { snapshot }, output.as_deref())?;
+            problems.map_or(Ok(()), |problems| Err(anyhow!(problems)))?;
+            failure.map_or(Ok(Exit::Ok), |error| Err(error.into()))
         }
         Command::Release { dry_run: true, timeout } => {
             for step in reconcile::preview_release(&options(endpoint, timeout, config)).await?.steps {
@@ -510,6 +614,7 @@ fn options(endpoint: Option<&str>, timeout: &Timeout, config: Config) -> Options
         directory: lock::runtime_directory(),
         is_automatic: false,
         held_back: BTreeSet::new(),
+        is_hotplug: false,
         config,
     }
 }
@@ -528,10 +633,10 @@ fn check_permission() -> Result<()> {
 
 /// Another machine's snapshot says nothing of this one's links, so the plan is made for a fresh machine.
 async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> {
-    let tree = read_snapshot(file).with_context(|| format!("the snapshot {} cannot be used", file.display()))?;
+    let tree = snapshot_file::read_metadata(file)?;
     // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
-    let attached = metadata::attached(&tree)
-        .map_err(|error| anyhow!("the snapshot {} cannot be used: {}", file.display(), error.what()))?;
+    let attached =
+        metadata::attached(&tree).map_err(|error| anyhow!("{}: {}", snapshot_file::unusable(file), error.what()))?;
     let mut observed = reconcile::observe(config).await?;
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
@@ -540,15 +645,6 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     let attached = select(&attached, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
-}
-
-fn read_snapshot(file: &Path) -> Result<Tree> {
-    let mut bytes = Vec::new();
-    fs::File::open(file)?.take(LARGEST_SNAPSHOT + 1).read_to_end(&mut bytes)?;
-    ensure!(bytes.len() as u64 <= LARGEST_SNAPSHOT, "it is larger than {} MiB", LARGEST_SNAPSHOT >> 20);
-    let text = String::from_utf8(bytes)
-        .map_err(|error| anyhow!("it is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))?;
-    Tree::from_json(&text)
 }
 
 fn show_plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
@@ -594,13 +690,50 @@ fn show_report(report: &Report) -> Result<Exit> {
     Ok(report.exit())
 }
 
-async fn read_status(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<Status> {
+/// Both sides, with all that `status` shows.
+async fn look(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Observed, Tree)> {
     let observed = reconcile::observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::Details).await?;
+    Ok((observed, tree))
+}
+
+fn make_status(observed: &Observed, tree: &Tree, config: &Config) -> Result<Status> {
+    let attached = select(&metadata::attached(tree)?, tree, observed, config);
+    let plan = plan(&desired(&attached, config), observed, attached.primary, config);
+    Ok(status(tree, &attached, observed, &plan, config))
+}
+
+fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {
+    let (observed, tree) = (saved.observed(config.mark), saved.tree()?);
     let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
-    Ok(status(&tree, &attached, &observed, &plan, config))
+    Ok((attached, plan))
+}
+
+fn explain_saved(question: &Question, saved: &Snapshot, config: &Config) -> Result<Explanation> {
+    let observed = saved.observed(config.mark);
+    let packet = question.packet(&observed)?;
+    let why = explain::unaskable(&observed, &packet).unwrap_or("it is a snapshot's".into());
+    let tree = saved.tree().map_err(anyhow::Error::from);
+    let attached = tree.and_then(|tree| Ok(metadata::attached(&tree)?)).map_err(|error| format!("{error:#}"));
+    let known = Known { observed: &observed, attached: attached.as_ref().map_err(String::clone), config };
+    Ok(explain::explain(&known, &packet, &Said::Nothing(why)))
+}
+
+fn show_diagnosis(diagnosis: &Diagnosis, is_json: bool) -> Result<Exit> {
+    match is_json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(diagnosis)?))?,
+        false => print(&diagnosis.to_string())?,
+    }
+    Ok(if diagnosis.verdict == doctor::Verdict::Fail { Exit::Failed } else { Exit::Ok })
+}
+
+fn show_snapshot(snapshot: Snapshot, output: Option<&Path>) -> Result<()> {
+    match output {
+        Some(path) => snapshot_file::write(&snapshot.to_json()?, path),
+        None => print(&snapshot.to_json()?),
+    }
 }
 
 async fn read_explanation(

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::eni::{Attached, Dispute, Eni, Pending, Reason, Slot};
 use crate::net::{Family, MacAddr};
@@ -57,6 +57,20 @@ pub enum Answer {
     Absent,
     /// It could not be read; says nothing of the value.
     Unknown(String),
+}
+
+/// Why there is no snapshot at all, as far as remedies differ.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    SwitchedOff,
+    BadEndpoint,
+    NoClient,
+    Locked,
+    Forbidden,
+    Unauthorized,
+    NotMetadata,
+    NoAnswer,
 }
 
 /// A snapshot from which nothing can be concluded, so nothing is changed.
@@ -134,24 +148,36 @@ impl Tree {
         }
     }
 
-    /// A saved snapshot: a JSON object whose `leaves` maps paths below `/latest/meta-data/` to bodies.
-    /// The listings follow from the paths; other keys of the object are ignored.
+    /// A saved snapshot: a JSON object with the keys of [`SavedTree`], others being ignored.
     ///
     /// # Errors
     /// Text that is not JSON, or not of that shape, with line and column.
     pub fn from_json(text: &str) -> Result<Tree> {
-        #[derive(Deserialize)]
-        struct Snapshot {
-            leaves: BTreeMap<String, String>,
-        }
-        let snapshot: Snapshot = serde_json::from_str(text)
+        let saved: SavedTree = serde_json::from_str(text)
             .context("expected a JSON object whose `leaves` maps metadata paths to their text")?;
-        if snapshot.leaves.is_empty() {
+        if saved.leaves.is_empty() {
             bail!("`leaves` is empty: a snapshot has at least `{PRIMARY_MAC}` and the keys of one network interface");
         }
-        Ok(Tree::from_leaves(Tree::with_lower_case_macs(snapshot.leaves)))
+        Ok(saved.tree())
     }
 
+    /// Every answer, so that [`SavedTree::tree`] is the same tree again.
+    pub fn save(&self) -> SavedTree {
+        let mut saved = SavedTree::default();
+        let absent = saved.absent.get_or_insert_default();
+        for (path, answer) in &self.answers {
+            let path = path.clone();
+            match answer {
+                Answer::Present(listing) if path.ends_with('/') => _ = saved.listings.insert(path, listing.clone()),
+                Answer::Present(body) => _ = saved.leaves.insert(path, body.clone()),
+                Answer::Absent => _ = absent.insert(path),
+                Answer::Unknown(why) => _ = saved.unreadable.insert(path, why.clone()),
+            }
+        }
+        saved
+    }
+
+    /// The listings that follow from the paths.
     fn from_leaves(leaves: BTreeMap<String, String>) -> Tree {
         let mut listings: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for path in leaves.keys() {
@@ -174,13 +200,62 @@ impl Tree {
         tree
     }
 
+    /// What the service listed counts for more than what follows from the paths: what is listed and not there was not found.
+    fn list(&mut self, directory: &str, listing: &str) {
+        self.insert(directory, Answer::Present(listing.into()));
+        for name in lines(listing) {
+            // The real service ends an interface with a slash; some imitations do not.
+            let name = if directory == INTERFACES { format!("{}/", name.trim_end_matches('/')) } else { name.into() };
+            self.answers.entry(format!("{directory}{name}")).or_insert(Answer::Absent);
+        }
+    }
+
     /// Some imitations of the service spell MAC addresses in upper case; paths are looked up in lower case.
-    fn with_lower_case_macs(leaves: BTreeMap<String, String>) -> BTreeMap<String, String> {
-        let lower = |path: String| match path.strip_prefix(INTERFACES).and_then(|rest| rest.split_once('/')) {
+    fn with_lower_case_macs(bodies: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let lower = |path: &String| match path.strip_prefix(INTERFACES).and_then(|rest| rest.split_once('/')) {
             Some((mac, key)) => format!("{INTERFACES}{}/{key}", mac.to_ascii_lowercase()),
-            None => path,
+            None => path.clone(),
         };
-        leaves.into_iter().map(|(path, body)| (lower(path), body)).collect()
+        bodies.iter().map(|(path, body)| (lower(path), body.clone())).collect()
+    }
+}
+
+/// A tree as files have it. `leaves` alone will do: then the listings follow from the paths.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SavedTree {
+    /// Path below `/latest/meta-data/` → body.
+    pub leaves: BTreeMap<String, String>,
+    /// Directory, with its final slash → what the service listed in it.
+    #[serde(default)]
+    pub listings: BTreeMap<String, String>,
+    /// What was asked for and not found. Where the key is there, the file has every answer that was given, and nothing has
+    /// to be inferred.
+    #[serde(default)]
+    pub absent: Option<BTreeSet<String>>,
+    /// What could not be read, and why.
+    #[serde(default)]
+    pub unreadable: BTreeMap<String, String>,
+}
+
+impl SavedTree {
+    pub fn tree(&self) -> Tree {
+        let leaves = Tree::with_lower_case_macs(&self.leaves);
+        let listings = Tree::with_lower_case_macs(&self.listings);
+        let mut tree = match &self.absent {
+            None => {
+                let mut tree = Tree::from_leaves(leaves);
+                listings.iter().for_each(|(directory, listing)| tree.list(directory, listing));
+                tree
+            }
+            Some(absent) => {
+                let present = leaves.into_iter().chain(listings).map(|(path, body)| (path, Answer::Present(body)));
+                let absent = absent.iter().map(|path| (path.clone(), Answer::Absent));
+                Tree { answers: present.chain(absent).collect() }
+            }
+        };
+        let unreadable = self.unreadable.iter().map(|(path, why)| (path.clone(), Answer::Unknown(why.clone())));
+        tree.answers.extend(unreadable);
+        tree
     }
 }
 
@@ -600,6 +675,48 @@ mod tests {
         let text = r#"{"leaves": {"mac": "0A:FF:00:00:00:01", "network/interfaces/macs/0A:FF:00:00:00:01/interface-id": "eni-01"}}"#;
         let attached = attached(&Tree::from_json(text).unwrap()).unwrap();
         assert_eq!(attached.primary_eni().map(|eni| eni.id.as_str()), Some("eni-01"));
+    }
+
+    #[test]
+    fn what_a_snapshot_lists_without_having_it_is_not_there_yet() {
+        let snapshot = |listings: &str| {
+            let eni = |n: u8, key: &str, body: &str| format!(r#""{INTERFACES}02:00:00:00:00:0{n}/{key}": "{body}""#);
+            let leaves = [
+                r#""mac": "02:00:00:00:00:01""#.into(),
+                eni(1, "interface-id", "eni-01"),
+                eni(2, "interface-id", "eni-02"),
+                eni(2, "device-number", "1"),
+            ];
+            let text = format!(r#"{{"leaves": {{{}}}, "listings": {{{listings}}}}}"#, leaves.join(", "));
+            attached(&Tree::from_json(&text).unwrap()).unwrap()
+        };
+        let macs = |separator| {
+            let macs = [1, 2, 3].map(|n| format!("02:00:00:00:00:0{n}{separator}"));
+            format!(r#""{INTERFACES}": "{}""#, macs.join("\\n"))
+        };
+        let second = format!(r#""{INTERFACES}02:00:00:00:00:02/": "device-number\ninterface-id\nlocal-ipv4s""#);
+        let mac = |n: u8| MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap();
+
+        assert!(snapshot("").is_complete());
+        for separator in ["/", ""] {
+            let attached = snapshot(&macs(separator));
+            assert_eq!(attached.pending.keys().collect::<Vec<_>>(), [&mac(3)]);
+            assert_eq!(attached.pending[&mac(3)].reason, Reason::NotThere { key: "interface-id" });
+        }
+        let reason = &snapshot(&second).pending[&mac(2)].reason;
+        assert!(matches!(reason, Reason::Unknown { key, .. } if key == "local-ipv4s"), "{reason}");
+    }
+
+    #[test]
+    fn a_tree_that_is_saved_is_the_same_tree_again() {
+        let mut tree = Tree::default();
+        tree.insert("a/", Answer::Present("key\nother\nnever-asked".into()));
+        tree.insert("a/key", Answer::Present("value".into()));
+        tree.insert("a/other", Answer::Absent);
+        tree.insert("b/", Answer::Absent);
+        tree.insert("c/", Answer::Unknown("500".into()));
+        let text = serde_json::to_string(&tree.save()).unwrap();
+        assert_eq!(Tree::from_json(&text).unwrap(), tree);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, 
 use crate::operation::{LinkChange, LinkRef, Operation};
 use crate::place::{Trouble, TroubleKind, find_link, place};
 use crate::policy;
-use crate::precedence::{Circumstances, OfEni, before_guard, others_between, past_others};
+use crate::precedence::{Circumstances, OfEni, before_guard, limits, past_others};
 
 /// What is to be done, in order, and what stands in the way.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -212,12 +212,7 @@ impl Plan {
         }
         let Keep { routes, rules, .. } = keep;
         let circumstances = Circumstances { desired, observed, placed, routes, rules, config };
-        self.notes.extend(others_between(&circumstances).into_iter().map(|rule| {
-            format!(
-                "somebody's rule {} comes between eniup's and takes traffic of ENIs: give it a priority below {}",
-                rule.priority, config.guard_priority
-            )
-        }));
+        self.notes.extend(limits(&circumstances));
         let mut rules = before_guard(&circumstances);
         rules.extend(past_others(&circumstances, &rules));
         rules

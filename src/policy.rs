@@ -93,6 +93,9 @@ pub const KERNEL_PROTOCOL: u8 = 2;
 /// The default of a run's deadline: an attached ENI is usually all there within it, and boot does not wait longer.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Between two readings of metadata by `watch`: nobody who has typed a change in EC2 waits longer without noticing.
+pub const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+
 /// Milliseconds between the two complete snapshots that prove that something is gone. Metadata was seen to be stale, or to
 /// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
 pub const PROOF_PAUSE: u64 = 10_000;
@@ -226,6 +229,11 @@ pub fn priority_before_guard(config: &Config, route: &IpNet, rank: u32) -> u32 {
 pub fn priority_after_guard(config: &Config, n: usize) -> u32 {
     let last = config.table_base.saturating_sub(1).max(config.guard_priority);
     u32::try_from(n).map_or(last, |n| config.guard_priority.saturating_add(1 + n).min(last))
+}
+
+/// A rule that others can go on at, and that does nothing: its table is empty.
+pub fn landing_rule(config: &Config, family: Family, priority: u32) -> Rule {
+    rule(config, family, priority, config.table_base.saturating_sub(1))
 }
 
 /// For sockets bound to the device (`ping -I eth1`, SO_BINDTODEVICE), though `main` has no route by it.

@@ -101,54 +101,136 @@ fn narrower(limit: Option<IpNet>, destination: IpNet) -> Option<IpNet> {
 }
 
 /// The way past rules of others that come before ours and would take what is an ENI's: full tunnels (wg-quick that started
-/// after eniup, Tailscale with an exit node). Right before such a rule the ENIs' traffic goes on to the first rule of ours
-/// behind it; and what was passed by is tried once more after the guard rule, as far as it is for specific destinations.
+/// after eniup, Tailscale with an exit node). Right before such a rule the ENIs' traffic goes on right behind it; and there
+/// what was passed by is tried once more, as far as it is for specific destinations. Nobody else comes there without having
+/// tried it itself.
 ///
 /// What a rule's table has at the moment does not matter: an exit node is a route that comes and goes.
 pub fn past_others<'b>(circumstances: &Circumstances<'_, 'b>, before_guard: &[OfEni<'b>]) -> Vec<OfEni<'b>> {
     let config = circumstances.config;
     let mut rules = Vec::new();
     for family in Family::BOTH {
-        let others = others_before_guard(circumstances, family);
         let sources = source_rules(circumstances, family);
-        let mut ways_past = Vec::new();
-        let mut passed = BTreeSet::new();
-        let mut reached = 0;
-        for taking in others.iter().filter(|rule| may_take_everything(rule) && !sources.is_empty()) {
-            let is_free = |priority: &u32| others.iter().all(|other| other.priority != *priority);
-            let Some(priority) = (1..taking.priority).rev().find(is_free) else { continue };
-            if taking.priority < reached {
-                continue;
-            }
-            let ours = before_guard.iter().map(|(_, rule)| &rule.object).filter(|rule| rule.family == family);
-            let behind = ours.map(|rule| rule.priority).filter(|priority| *priority > taking.priority);
-            reached = behind.min().unwrap_or(config.guard_priority);
-            ways_past.extend(sources.iter().map(|(eni, rule)| {
-                let object = Rule { priority, goto: Some(reached), ..(*rule).clone() };
-                let reason = format!("not by somebody's rule {}, which takes everything", taking.priority);
-                (Some(*eni), Wanted { object, reason })
+        let ours = before_guard.iter().map(|(_, rule)| &rule.object).filter(|rule| rule.family == family);
+        let ours: BTreeSet<u32> = ours.map(|rule| rule.priority).chain([config.guard_priority]).collect();
+        for block in blocks(circumstances, family).filter(|_| !sources.is_empty()) {
+            let Some(before) = block.free_before() else { continue };
+            let Landing { priority: landing, parts } = block.landing(&ours, &sources, config);
+            let why = format!("not by somebody's rule {}, which takes everything", block.taking(config));
+            // They have to be there when the first packet comes.
+            rules.extend(parts.into_iter().map(|object| {
+                let reason =
+                    format!("behind {}: what others have for certain destinations holds for ENIs, too", block.last);
+                (None, Wanted { object, reason })
             }));
-            passed.extend(others.iter().filter(|other| (priority..reached).contains(&other.priority)));
+            rules.extend(sources.iter().map(|(eni, rule)| {
+                let object = Rule { priority: before, goto: Some(landing), ..(*rule).clone() };
+                (Some(*eni), Wanted { object, reason: why.clone() })
+            }));
         }
-        let parts = passed.into_iter().filter_map(|other| Some((other, specific_part(other, &sources, config)?)));
-        // They have to be there when the first packet comes.
-        rules.extend(parts.enumerate().map(|(n, (other, rule))| {
-            let reason =
-                format!("what somebody's rule {} has for certain destinations holds for ENIs, too", other.priority);
-            (None, Wanted { object: Rule { priority: policy::priority_after_guard(config, n), ..rule }, reason })
-        }));
-        rules.extend(ways_past);
     }
     rules
 }
 
-/// Rules of others among ours that may take what is an ENI's; nothing is done about them.
-pub fn others_between<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<&'a Rule> {
+/// What others have that is not to be got round, in words.
+pub fn limits(circumstances: &Circumstances) -> Vec<String> {
     let Circumstances { observed, rules, config, .. } = circumstances;
     let last = |family| rules.iter().filter(|rule| rule.family == family).map(|rule| rule.priority).max().unwrap_or(0);
     let is_between = |rule: &&Rule| (config.guard_priority..last(rule.family)).contains(&rule.priority);
-    let others = observed.rules.iter().filter(|rule| !policy::owns_rule(config, rule) && may_take_everything(rule));
-    others.filter(is_between).collect()
+    let others =
+        observed.rules.iter().filter(|rule| !policy::owns_rule(config, rule) && may_take_everything(rule, config));
+    let between = others.filter(is_between).map(|rule| {
+        let (priority, guard) = (rule.priority, config.guard_priority);
+        format!(
+            "somebody's rule {priority} comes between eniup's and takes traffic of ENIs: give it a priority below {guard}"
+        )
+    });
+    let blocks = Family::BOTH.into_iter().flat_map(|family| blocks(circumstances, family));
+    let before = blocks.flat_map(|block| {
+        let unpassed = block.free_before().is_none().then(|| {
+            let taking = block.taking(config);
+            format!("somebody's rule {taking} takes traffic of ENIs, and no priority is free before it: give it a larger one")
+        });
+        let unheeded = block.rules.iter().filter(|rule| !may_take_everything(rule, config) && is_beyond_words(rule));
+        let unheeded = unheeded.map(|rule| {
+            let (priority, taking) = (rule.priority, block.taking(config));
+            format!(
+                "somebody's rule {priority} does not hold for ENIs, which go past the one at {taking} that takes \
+                 everything: leave room between the two"
+            )
+        });
+        unpassed.into_iter().chain(unheeded).collect::<Vec<String>>()
+    });
+    between.chain(before).collect()
+}
+
+/// Rules of others with no room between them, at least one of which may take everything.
+struct Block<'a> {
+    rules: Vec<&'a Rule>,
+    last: u32,
+    /// The first rule behind it that is somebody else's; none before ours.
+    next: Option<u32>,
+    /// Somebody's `goto` leads into it, so that not all who come to its end have tried all of it.
+    is_entered: bool,
+}
+
+/// Where those go on that went past a block, and what is tried there once more.
+struct Landing {
+    priority: u32,
+    parts: Vec<Rule>,
+}
+
+fn blocks<'a>(circumstances: &Circumstances<'a, '_>, family: Family) -> impl Iterator<Item = Block<'a>> {
+    let others = others_before_guard(circumstances, family);
+    // With one free priority, what goes on behind the first would stand beside what goes past the second.
+    let runs: Vec<Vec<&Rule>> = others.chunk_by(|a, b| b.priority - a.priority <= 2).map(<[&Rule]>::to_vec).collect();
+    let block = move |run: &Vec<&'a Rule>| {
+        let (first, last) = (run[0].priority, run[run.len() - 1].priority);
+        let next = others.iter().map(|rule| rule.priority).find(|priority| *priority > last);
+        let is_entered = others.iter().filter_map(|rule| rule.goto).any(|target| (first + 1..=last).contains(&target));
+        Block { rules: run.clone(), last, next, is_entered }
+    };
+    let blocks: Vec<Block> = runs.iter().map(block).collect();
+    let config = circumstances.config;
+    blocks.into_iter().filter(|block| block.rules.iter().any(|rule| may_take_everything(rule, config)))
+}
+
+impl Block<'_> {
+    /// The priority of the first rule that may take everything.
+    fn taking(&self, config: &Config) -> u32 {
+        let taking = self.rules.iter().find(|rule| may_take_everything(rule, config));
+        taking.map_or(self.last, |rule| rule.priority)
+    }
+
+    fn free_before(&self) -> Option<u32> {
+        self.rules[0].priority.checked_sub(1).filter(|priority| *priority > 0)
+    }
+
+    /// Right behind it; at the guard rule, or what of ours comes before that, where nothing of others is in between.
+    fn landing(&self, ours: &BTreeSet<u32>, sources: &[(&DesiredEni, &Rule)], config: &Config) -> Landing {
+        let repeated = self.rules.iter().filter(|_| !self.is_entered);
+        let parts: Vec<Rule> = repeated.filter_map(|rule| specific_part(rule, sources, config)).collect();
+        let ours = ours.iter().copied().find(|priority| *priority > self.last).unwrap_or(config.guard_priority);
+        if self.next.is_none() && ours == self.last + 1 {
+            let numbered = parts.into_iter().enumerate();
+            let parts =
+                numbered.map(|(n, rule)| Rule { priority: policy::priority_after_guard(config, n), ..rule }).collect();
+            return Landing { priority: ours, parts };
+        }
+        let first = self.last + 1;
+        // One to land on that does nothing, where nothing is to be tried.
+        let nothing = policy::landing_rule(config, self.rules[0].family, first);
+        let parts = if parts.is_empty() { vec![nothing] } else { parts };
+        let end = self.next.map_or(ours, |next| next.min(ours)) - 1;
+        let numbered = (first..).zip(parts);
+        let parts = numbered.map(|(priority, rule)| Rule { priority: priority.min(end), ..rule }).collect();
+        Landing { priority: first, parts }
+    }
+}
+
+/// What cannot be said again: it is not known in full, or leads to other rules.
+fn is_beyond_words(rule: &Rule) -> bool {
+    rule.has_more || rule.goto.is_some()
 }
 
 fn others_before_guard<'a>(circumstances: &Circumstances<'a, '_>, family: Family) -> Vec<&'a Rule> {
@@ -173,7 +255,7 @@ fn source_rules<'a, 'b>(circumstances: &Circumstances<'a, 'b>, family: Family) -
 
 /// Whether packets that nobody marked, from an ENI's address to anywhere, may match it and be sent elsewhere. Rules for
 /// certain sources or destinations are somebody's express wish.
-fn may_take_everything(rule: &Rule) -> bool {
+fn may_take_everything(rule: &Rule, config: &Config) -> bool {
     let is_for_us = rule.mark.is_none_or(|mark| mark.value & mark.mask == 0)
         && rule.iif.as_ref().is_none_or(|iif| iif == "lo")
         && rule.oif.is_none();
@@ -181,7 +263,11 @@ fn may_take_everything(rule: &Rule) -> bool {
         false => is_for_us && is_short(rule.from) && is_short(rule.to),
         true => !is_for_us || rule.from.is_some() || rule.to.is_some() || rule.has_more,
     };
-    let is_way_out = rule.goto.is_some() || ![0, policy::LOCAL_TABLE].contains(&rule.table);
+    let is_way_out = match rule.goto {
+        // One that leads past ours.
+        Some(target) => target > config.guard_priority,
+        None => ![0, policy::LOCAL_TABLE].contains(&rule.table),
+    };
     is_matching && is_way_out && rule.suppress_prefix_length.is_none_or(|length| length < policy::GUARD_PREFIX_LENGTH)
 }
 
@@ -195,8 +281,7 @@ fn specific_part(rule: &Rule, sources: &[(&DesiredEni, &Rule)], config: &Config)
     let is_general = rule.is_inverted || is_short(rule.from) && is_short(rule.to);
     let meets = |from: IpNet| sources.iter().filter_map(|(_, source)| source.from).any(|own| overlap(&own, &from));
     let is_ours = policy::MAIN_TABLE == rule.table && is_general;
-    // What is not known in full cannot be said again.
-    if rule.has_more || rule.goto.is_some() || is_ours || !rule.is_inverted && !rule.from.is_none_or(meets) {
+    if is_beyond_words(rule) || is_ours || !rule.is_inverted && !rule.from.is_none_or(meets) {
         return None;
     }
     let rule = Rule { protocol: config.mark, ..rule.clone() };

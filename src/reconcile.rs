@@ -15,7 +15,7 @@ use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger};
 use crate::lock;
 use crate::metadata::{self, Tree};
-use crate::net::{MacAddr, Observed};
+use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
@@ -24,7 +24,7 @@ use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
 use crate::report::{Report, State, Trouble};
 use crate::rollback::rollback;
-use crate::selection::select;
+use crate::selection::{select, unlisted_links};
 use crate::trial::{self, InTheWay, Standing, Trial};
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
@@ -51,6 +51,8 @@ pub struct Options {
     pub is_automatic: bool,
     /// Not to be carried out for now, as `Operation` shows them: somebody undoes them again and again.
     pub held_back: BTreeSet<String>,
+    /// A link has come or gone: metadata lists an ENI seconds after its link is here at times, so it is waited for.
+    pub is_hotplug: bool,
     pub config: Config,
 }
 
@@ -165,6 +167,9 @@ async fn settle(
     };
     let mut report = converge(netlink, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
+    if options.is_hotplug {
+        report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
+    }
     Ok((report, attached))
 }
 
@@ -465,6 +470,13 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
         Some((attached.ready.get(mac)?.id.clone(), Trouble { state: State::Pending, why: why.join("; ") }))
     });
     pending.chain(disputed).chain(malformed).collect()
+}
+
+/// The links that metadata may come to tell of.
+fn unlisted_troubles(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(String, Trouble)> {
+    let trouble = |mac| Trouble { state: State::Pending, why: format!("metadata does not list its MAC {mac}") };
+    let of_link = |link: &Link| Some((format!("link {}", link.name), trouble(link.mac?)));
+    unlisted_links(attached, observed, config).into_iter().filter_map(of_link).collect()
 }
 
 /// What a run would do at this moment, without waiting for pending ENIs and without changing anything.

@@ -1,5 +1,7 @@
 //! Taking away everything that is ours, and nothing else: needs no metadata, only our marks and the ledger.
 
+use std::collections::BTreeSet;
+
 use crate::config::Config;
 use crate::ledger::{Found, Ledger};
 use crate::net::{Link, Observed};
@@ -65,8 +67,9 @@ pub fn changes_back(link: &Link, found: &Found, observed: &Observed, config: &Co
     if let Some(mtu) = mtu.filter(|mtu| *mtu != link.mtu) {
         changes.push(LinkChange::Mtu(mtu));
     }
-    let given = altnames.iter().filter(|name| link.altnames.contains(*name));
-    changes.extend(given.map(|name| LinkChange::DeleteAltname(name.clone())));
+    // A ledger may say twice what the kernel has once.
+    let given: BTreeSet<&String> = altnames.iter().filter(|name| link.altnames.contains(*name)).collect();
+    changes.extend(given.into_iter().map(|name| LinkChange::DeleteAltname(name.clone())));
     changes
 }
 

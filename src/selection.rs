@@ -49,6 +49,19 @@ pub fn ignored_links(observed: &Observed, config: &Config) -> BTreeSet<u32> {
     observed.links.values().filter(is_ignored).map(|link| link.index).collect()
 }
 
+/// Network cards that metadata does not list, though they may be ENIs: attached a moment ago, or no ENIs at all. A software
+/// device counts until somebody uses it, as the veth ends of containers are used.
+pub fn unlisted_links<'a>(attached: &Attached, observed: &'a Observed, config: &Config) -> Vec<&'a Link> {
+    let ignored = ignored_links(observed, config);
+    let is_listed = |mac: &MacAddr| attached.ready.contains_key(mac) || attached.pending.contains_key(mac);
+    let is_unlisted = |link: &&Link| {
+        let is_device = link.mac.is_some_and(|mac| mac.is_device() && !is_listed(&mac));
+        let is_free = link.controller.is_none() && (link.kind.is_none() || !link.is_up);
+        is_device && is_free && policy::can_be_eni(link) && !ignored.contains(&link.index)
+    };
+    observed.links.values().filter(is_unlisted).collect()
+}
+
 /// What is to become of an ENI, and which line of the configuration says so.
 enum Verdict {
     Managed,

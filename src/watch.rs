@@ -25,13 +25,18 @@ const QUIET: Duration = Duration::from_millis(20);
 /// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
 const RATIO: u32 = 1000;
 
+/// How long something that is to be repaired waits for metadata's answer.
+const GRACE: Duration = Duration::from_millis(500);
+
 /// While metadata does not answer; doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What it needs beside what a run needs.
 pub struct Watch {
-    /// Between two readings of metadata, if reading costs next to nothing.
+    /// Between two readings of metadata.
     pub interval: Duration,
+    /// Longer where reading costs much.
+    pub is_thrifty: bool,
     /// For one run.
     pub timeout: Duration,
     /// Reads the configuration anew.
@@ -61,6 +66,8 @@ struct State<'a> {
     /// Metadata is being asked; what the kernel tells meanwhile is not kept waiting.
     asking: Option<LocalBoxFuture<'static, Answer>>,
     ask_at: Instant,
+    /// When what is to be repaired is repaired without an answer.
+    settle_by: Option<Instant>,
     /// When asking began, in time on a CPU.
     cpu_before: Duration,
     reading: Option<Reading>,
@@ -86,6 +93,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         imds: None,
         asking: None,
         ask_at: Instant::now(),
+        settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
         fights: Fights::default(),
@@ -110,7 +118,8 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                     state.service.say("READY=1");
                 }
             }
-            Event::Due if Instant::now() < state.ask_at => state.look().await?,
+            Event::Due if state.settle_by.is_some_and(|instant| instant <= Instant::now()) => state.settle().await,
+            Event::Due if state.asking.is_some() || Instant::now() < state.ask_at => state.look().await?,
             Event::Due => state.ask().await?,
             Event::Reload => {
                 state.reload();
@@ -134,7 +143,7 @@ impl State<'_> {
     async fn next(&mut self, events: &mut Events, signals: &mut Signals, alive_by: Option<Instant>) -> Result<Event> {
         let retry_at = self.fights.next_end(self.begun.elapsed()).map(|end| self.begun + end);
         let ask_at = Some(self.ask_at).filter(|_| self.asking.is_none());
-        let due = retry_at.into_iter().chain(ask_at).min();
+        let due = [retry_at, ask_at, self.settle_by].into_iter().flatten().min();
         let at = |instant: Option<Instant>| async move {
             match instant {
                 Some(instant) => sleep_until(instant).await,
@@ -186,7 +195,10 @@ impl State<'_> {
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         let Some(reading) = &self.reading else { return Ok(()) };
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
-            Ok(true) if self.failures == 0 => self.ask().await?,
+            Ok(true) if self.failures == 0 => {
+                self.settle_by.get_or_insert(Instant::now() + GRACE);
+                self.ask().await?;
+            }
             Ok(true) => self.settle().await,
             Ok(false) => {}
             Err(error) => self.say(&format!("{error:#}")),
@@ -214,12 +226,13 @@ impl State<'_> {
         if let Some(trouble) = trouble {
             self.say(&trouble);
         }
-        let cost = cpu_time().saturating_sub(self.cpu_before);
+        let cost = if self.watch.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
         self.ask_at = Instant::now() + pause.max(cost * RATIO);
     }
 
     /// Makes the kernel agree with what was read last.
     async fn settle(&mut self) {
+        self.settle_by = None;
         let Some(reading) = &self.reading else { return };
         self.options.deadline = Instant::now() + self.watch.timeout;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());

@@ -454,6 +454,16 @@ fn json_has_the_documented_keys_and_no_others() {
             }
             ensure!(eni["state"] == "ready" && eni["link"]["name"] == "eth02" && eni["table"] == 20001, "{eni:#}");
 
+            let diagnosis = parse("doctor --json")?;
+            ensure!(keys(&diagnosis) == documented("doctor")?, "{:?}", keys(&diagnosis));
+            for check in diagnosis["checks"].as_array().context("no list")? {
+                ensure!(keys(check) == documented("doctor: a check")?, "{:?}", keys(check));
+                ensure!(keys(&check["findings"][0]) == documented("doctor: a finding")?, "{check}");
+            }
+
+            let snapshot = parse("snapshot")?;
+            ensure!(keys(&snapshot) == documented("snapshot")?, "{:?}", keys(&snapshot));
+
             machine.publish(BTreeMap::from([
                 ("mac".into(), "02:00:00:00:00:01".into()),
                 ("network/interfaces/macs/02:00:00:00:00:01/device-number".into(), "0".into()),

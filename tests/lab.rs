@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use vpc_lab::demo;
 use vpc_lab::kernel;
 use vpc_lab::lab::{Distribution, Lab};
@@ -140,6 +140,48 @@ fn an_eni_whose_keys_come_one_by_one_is_waited_for() {
         ensure!(impatient.contains("pending"), "{impatient}");
         small.eniup(&["reconcile"], 0)?;
         ensure!(small.answers(&address)?, "{address} does not answer");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_link_that_metadata_lists_only_later_is_waited_for_after_a_hotplug() {
+    vpc_lab::inside(|| {
+        let mut small = small()?;
+        small.eniup(&["reconcile"], 0)?;
+        let create = CreateEni { subnet: small.subnets[2].clone(), ..CreateEni::default() };
+        let eni = small.lab.create_network_interface(create)?;
+        let address = small.lab.world().eni(&eni)?.ipv4s[0].to_string();
+        let propagation =
+            |seconds| Propagation { listing_entry: Duration::from_secs(seconds), ..Propagation::default() };
+        small.lab.set_propagation("web", propagation(3))?;
+        small.lab.attach_network_interface(&eni, "web", 0, 2)?;
+        // Judge first: the link is here and metadata does not list it.
+        ensure!(small.eniup(&["reconcile"], 0)?.is_empty(), "metadata lists the ENI already");
+        let impatient = small.eniup(&["reconcile", "--automatic", "--hotplug", "--timeout", "100ms"], 3)?;
+        ensure!(impatient.contains("link ens7 is pending: metadata does not list its MAC"), "{impatient}");
+        small.eniup(&["reconcile", "--automatic", "--hotplug"], 0)?;
+        ensure!(small.answers(&address)?, "{address} does not answer");
+
+        let unlisted = |eni: &str| format!("link {eni} is pending: metadata does not list its MAC");
+        let never = small
+            .lab
+            .create_network_interface(CreateEni { subnet: small.subnets[2].clone(), ..CreateEni::default() })?;
+        small.lab.set_propagation("web", propagation(3600))?;
+        small.lab.attach_network_interface(&never, "web", 0, 3)?;
+        let hotplug = ["reconcile", "--hotplug", "--timeout", "100ms"];
+        ensure!(small.eniup(&hotplug, 3)?.contains(&unlisted("ens8")), "an ENI that is never listed is not told of");
+        // A container's, which somebody uses, and one that the configuration leaves alone are not waited for.
+        let ip = |words: &str| -> Result<bool> {
+            Ok(small.lab.command("web", "ip")?.args(words.split(' ')).status()?.success())
+        };
+        ensure!(ip("link set ens8 up")?);
+        small.eniup(&hotplug, 0)?;
+        ensure!(ip("link set ens8 down")?);
+        let config = tempfile::NamedTempFile::new()?;
+        std::fs::write(config.path(), "[[ignore]]\nlink = \"ens8\"\n")?;
+        let path = config.path().to_str().context("its path")?;
+        small.eniup(&[&hotplug[..], &["--config", path]].concat(), 0)?;
         Ok(())
     });
 }

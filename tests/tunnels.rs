@@ -120,6 +120,42 @@ fn a_tunnel_that_comes_back_before_the_next_run_is_passed_again() {
     });
 }
 
+/// Tailscale's rule is there without an exit node, too; rules of an administrator behind it hold for ENIs as for all others.
+#[test]
+fn what_an_administrator_forbids_stays_forbidden_behind_a_rule_that_is_passed() {
+    inside(|| {
+        on_a_dual_stack_machine(|machine| {
+            ip("rule add priority 6000 to 198.51.100.0/24 prohibit")?;
+            ip("rule add priority 6001 ipproto tcp dport 25 unreachable")?;
+            for passed in ["", "rule add priority 5270 lookup 52"] {
+                if !passed.is_empty() {
+                    ip(passed)?;
+                }
+                machine.reconcile(0)?;
+                machine.assert_settled()?;
+                ensure!(way("198.51.100.1", "10.0.1.20").is_err(), "it is forbidden no more: {:#?}", rules()?);
+                ensure!(way("8.8.8.8", "10.0.1.20 ipproto tcp dport 25").is_err(), "{:#?}", rules()?);
+                ensure!(way("8.8.8.8", "10.0.1.20")?.contains("dev eth02"), "{:#?}", rules()?);
+            }
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_rule_that_cannot_be_passed_is_named() {
+    inside(|| {
+        on_a_dual_stack_machine(|machine| {
+            ip("rule add priority 1 lookup 51820")?;
+            let plan = machine.eniup("plan")?;
+            ensure!(plan.stderr.contains("somebody's rule 1 takes traffic of ENIs"), "{}", plan.stderr);
+            let status = machine.eniup("status")?;
+            ensure!(status.stdout.contains("somebody's rule 1 takes traffic of ENIs"), "{}", status.stdout);
+            Ok(())
+        })
+    });
+}
+
 #[test]
 fn release_takes_the_way_past_a_tunnel_and_leaves_the_tunnel() {
     inside(|| {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 30] = [
+const FLOW: [&str; 38] = [
     "net",
     "config",
     "eni",
@@ -22,16 +22,24 @@ const FLOW: [&str; 30] = [
     "fib",
     "explain",
     "ledger",
+    "markers",
+    "snapshot",
+    "doctor",
     "release",
     "rollback",
     "trial",
     "report",
     "config_files",
+    "machine_files",
     "imds",
     "lock",
     "netlink",
+    "snapshot_file",
     "reconcile",
     "confirm",
+    "fights",
+    "service",
+    "watch",
     "status",
     "stderr",
     "cli",
@@ -39,7 +47,7 @@ const FLOW: [&str; 30] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 18] = [
+const PURE: [&str; 22] = [
     "net",
     "config",
     "eni",
@@ -55,8 +63,12 @@ const PURE: [&str; 18] = [
     "plan",
     "fib",
     "explain",
+    "markers",
+    "snapshot",
+    "doctor",
     "release",
     "rollback",
+    "fights",
     "status",
 ];
 

@@ -21,7 +21,9 @@ use tokio::time::{Instant, sleep_until};
 use self::http::Attempt;
 use self::pace::Pace;
 use self::way::{Failures, Way};
-use crate::metadata::{ASSOCIATIONS, Answer, DETAIL_KEYS, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, SELECTOR_KEYS, Tree};
+use crate::metadata::{
+    ASSOCIATIONS, Answer, DETAIL_KEYS, Fault, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, SELECTOR_KEYS, Tree,
+};
 use crate::metadata::{eni_directory, lines, listed_macs};
 use crate::net::MacAddr;
 
@@ -109,6 +111,21 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl Error {
+    pub fn fault(&self) -> Fault {
+        match self {
+            Error::Disabled => Fault::SwitchedOff,
+            Error::BadEndpoint { .. } => Fault::BadEndpoint,
+            Error::NoClient { .. } => Fault::NoClient,
+            Error::Locked { .. } => Fault::Locked,
+            Error::Forbidden { .. } => Fault::Forbidden,
+            Error::Unauthorized { .. } => Fault::Unauthorized,
+            Error::NotMetadata { .. } => Fault::NotMetadata,
+            Error::NoAnswer { .. } => Fault::NoAnswer,
+        }
+    }
+}
 
 /// How much of the tree is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -67,6 +67,8 @@ pub struct Others {
     has_exit_node: bool,
     /// Somebody has said for one destination and for one mark what is to become of it, early on.
     has_early_rules: bool,
+    /// Early on, somebody leads all traffic past a rule for one destination.
+    has_detour: bool,
     has_unreachable: bool,
 }
 
@@ -86,7 +88,7 @@ pub fn others() -> impl Strategy<Value = Others> {
     let flags = |probability| prop::collection::vec(prop::bool::weighted(probability), 6);
     let defaults = prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 6);
     let routes = (prop::option::weighted(0.5, 0..6usize), prop::option::weighted(0.3, 0..6usize));
-    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 10]>()).prop_map(
+    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 11]>()).prop_map(
         |(is_in_a_group, is_connected, has_default, (vpc_by, peer_by), flags)| {
             let [
                 has_bridge,
@@ -97,7 +99,7 @@ pub fn others() -> impl Strategy<Value = Others> {
                 is_wireguard_alone,
                 ..,
             ] = flags;
-            let [.., has_tailscale, has_exit_node, has_early_rules, has_unreachable] = flags;
+            let [.., has_tailscale, has_exit_node, has_early_rules, has_detour, has_unreachable] = flags;
             Others {
                 is_in_a_group,
                 is_connected,
@@ -113,6 +115,7 @@ pub fn others() -> impl Strategy<Value = Others> {
                 has_tailscale,
                 has_exit_node,
                 has_early_rules,
+                has_detour,
                 has_unreachable,
             }
         },
@@ -400,6 +403,16 @@ impl Host {
             self.route(TUNNEL, &family.everything().to_string(), None, 100, 0);
         }
         self.destination(pick("198.51.100.9", "2001:db8:c0::9"), by(others.has_early_rules, TUNNEL));
+        if others.has_detour {
+            // Table 777 has a route, 778 has none.
+            self.route(TUNNEL, pick("198.51.101.0/24", "2001:db8:c1::/48"), None, 777, 0);
+            self.rule(family, 50, 778, |rule| rule);
+            self.rule(family, 100, 0, |rule| Rule { goto: Some(500), ..rule });
+            self.rule(family, 200, 777, |rule| rule);
+            let to = Some(net(pick("198.51.102.0/24", "2001:db8:c2::/48")));
+            self.rule(family, 500, 777, |rule| Rule { to, ..rule });
+        }
+        self.destination(pick("198.51.101.9", "2001:db8:c1::9"), None);
         if others.has_tailscale {
             let mark = Some(eniup::net::Mark { value: 0x80000, mask: 0xff0000 });
             self.rule(family, 5210, main, |rule| Rule { mark, ..rule });

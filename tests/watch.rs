@@ -1,0 +1,262 @@
+//! `eniup watch` in a VPC: what comes is configured, what others undo is repaired, who undoes it again and again is given way
+//! to, and systemd is told how it is.
+
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
+use vpc_lab::lab::{Distribution, Lab};
+use vpc_lab::probe::{Bound, Kind, Probe};
+use vpc_lab::vpc::{CreateEni, EniId, SubnetId};
+
+/// For what should happen at once, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Watched {
+    lab: Lab,
+    subnets: Vec<SubnetId>,
+    second: EniId,
+}
+
+/// An instance `web` with two ENIs in two subnets, and a client in a third one.
+fn watched() -> Result<Watched> {
+    let mut lab = Lab::new(Path::new(env!("CARGO_BIN_EXE_eniup")))?;
+    let subnets = lab.fabric.world(|world| -> Result<Vec<_>> {
+        let vpc = world.create_vpc(&["10.0.0.0/16".parse()?]);
+        (0..3).map(|n| world.create_subnet(&vpc, Some(format!("10.0.{n}.0/24").parse()?), &[])).collect()
+    })?;
+    let eni = |n: usize, host: u8| CreateEni {
+        subnet: subnets[n].clone(),
+        ipv4s: vec![Ipv4Addr::new(10, 0, n as u8, host)],
+        ..CreateEni::default()
+    };
+    let enis = [lab.create_network_interface(eni(0, 10))?, lab.create_network_interface(eni(1, 20))?];
+    lab.run_instance("web", &enis, "m7i.large", Distribution::Primary)?;
+    let client = lab.create_network_interface(eni(2, 30))?;
+    lab.run_instance("client", &[client], "t3.micro", Distribution::Primary)?;
+    let [_, second] = enis;
+    Ok(Watched { lab, subnets, second })
+}
+
+/// A running `eniup watch`, killed when the test is over.
+struct Watch {
+    child: Child,
+    lines: Receiver<String>,
+    heard: Vec<String>,
+}
+
+impl Watch {
+    fn start(command: &mut Command) -> Result<Watch> {
+        let mut child = command.stderr(Stdio::piped()).spawn()?;
+        let stderr = BufReader::new(child.stderr.take().context("stderr")?);
+        let (sender, lines) = channel();
+        std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Ok(Watch { child, lines, heard: Vec::new() })
+    }
+
+    fn of(lab: &Lab, arguments: &[&str]) -> Result<Watch> {
+        Watch::start(lab.command("web", env!("CARGO_BIN_EXE_eniup"))?.arg("watch").args(arguments))
+    }
+
+    /// Until a line says this.
+    fn hears(&mut self, what: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.heard.iter().any(|line| line.contains(what)) {
+            let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+                bail!("it does not say `{what}`, but {:#?}", self.heard);
+            };
+            self.heard.push(line);
+        }
+        Ok(())
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: the child is ours, and not waited for yet.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    fn ends(mut self) -> Result<Option<i32>> {
+        self.signal(libc::SIGTERM);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status.code());
+            }
+            ensure!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<Duration> {
+    let begun = Instant::now();
+    while !holds()? {
+        ensure!(begun.elapsed() < PATIENCE, "not so in time: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(begun.elapsed())
+}
+
+impl Watched {
+    fn ip(&self, arguments: &str) -> Result<String> {
+        let output = self.lab.command("web", "ip")?.args(arguments.split_whitespace()).output()?;
+        ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn answers(&self, to: &str) -> Result<bool> {
+        let to: IpAddr = to.parse()?;
+        let probe = Probe { from: "client".into(), bound: Bound::Nothing, to, kind: Kind::Udp };
+        let outcomes = self.lab.probe(&[probe], Duration::from_millis(500))?;
+        Ok(outcomes.iter().all(|outcome| outcome.is_answer_of(to)))
+    }
+}
+
+#[test]
+fn what_comes_is_configured_and_what_goes_is_taken_away() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let watch = Watch::of(&web.lab, &["--interval", "200ms"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        web.lab.assign(&web.second.clone(), &["10.0.1.77/32".parse()?], false)?;
+        until("an assigned address answers", || web.answers("10.0.1.77"))?;
+        let create = CreateEni { subnet: web.subnets[2].clone(), ..CreateEni::default() };
+        let third = web.lab.create_network_interface(create)?;
+        let address = web.lab.world().eni(&third)?.ipv4s[0].to_string();
+        web.lab.attach_network_interface(&third, "web", 0, 2)?;
+        until("an attached ENI answers", || web.answers(&address))?;
+        web.lab.detach_network_interface(&third)?;
+        until("nothing is left of a detached ENI", || Ok(!web.ip("rule")?.contains("lookup 20002")))?;
+        ensure!(web.lab.fabric.source_drops() == 0, "{:?}", web.lab.fabric.last_drops());
+        ensure!(watch.ends()? == Some(0), "it does not end well");
+        ensure!(web.answers("10.0.1.20")?, "what was configured went with the watch");
+        Ok(())
+    });
+}
+
+/// Metadata is asked once an hour, so it is the kernel that tells.
+#[test]
+fn what_others_undo_is_repaired_when_the_kernel_tells() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        for (broken, whole) in [
+            ("rule del priority 24001", "rule"),
+            ("route flush table 20001", "route show table 20001"),
+            ("addr del 10.0.1.20/24 dev ens6", "addr show dev ens6"),
+            ("link set ens6 down", "link show dev ens6"),
+        ] {
+            let before = web.ip(whole)?;
+            web.ip(broken)?;
+            let took = until(broken, || Ok(web.ip(whole)? == before && web.answers("10.0.1.20")?))?;
+            eprintln!("{broken}: repaired after {took:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn who_undoes_a_change_again_and_again_is_named_and_given_way_to() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let mut watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let has_rule = || Ok(web.ip("rule")?.contains("24001:"));
+        for _ in 0..3 {
+            web.ip("rule del priority 24001")?;
+            until("the rule is there again", has_rule)?;
+        }
+        watch.hears("somebody undoes this again and again")?;
+        web.ip("rule del priority 24001")?;
+        let took = until("the rule is there again", has_rule)?;
+        ensure!(took > Duration::from_millis(500), "it goes on fighting: {took:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_metadata_service_that_is_gone_does_not_keep_repairs_waiting() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let _watch = Watch::of(&web.lab, &["--interval", "200ms", "--timeout", "60s"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let hang = Rule::new("*", Occurrences::Always, Action::Hang);
+        web.lab.service("web")?.set_faults(Faults { rules: vec![hang], ..Faults::default() });
+        web.ip("rule del priority 24001")?;
+        until("the rule is there again", || Ok(web.ip("rule")?.contains("24001:")))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn systemd_is_told_how_it_is() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("notify");
+        let systemd = UnixDatagram::bind(&path)?;
+        systemd.set_read_timeout(Some(PATIENCE))?;
+        let mut command = web.lab.command("web", env!("CARGO_BIN_EXE_eniup"))?;
+        command.args(["watch", "--interval", "1h"]).env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "200000");
+        let watch = Watch::start(&mut command)?;
+        let mut told: Vec<String> = Vec::new();
+        let mut tells = |what: &str| -> Result<()> {
+            loop {
+                if let Some(n) = told.iter().position(|told| told.contains(what)) {
+                    told.drain(..=n);
+                    return Ok(());
+                }
+                let mut datagram = [0; 4096];
+                match systemd.recv(&mut datagram) {
+                    Ok(length) => told.push(String::from_utf8_lossy(&datagram[..length]).into_owned()),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("no {what}, but {told:?}"),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        };
+        tells("STATUS=the kernel agrees with metadata")?;
+        tells("READY=1")?;
+        tells("WATCHDOG=1")?;
+        watch.signal(libc::SIGHUP);
+        tells("RELOADING=1")?;
+        tells("READY=1")?;
+        watch.signal(libc::SIGTERM);
+        tells("STOPPING=1")?;
+        ensure!(watch.ends()? == Some(0));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_configuration_is_read_anew_on_sighup_and_a_bad_one_changes_nothing() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let mut watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let folder = web.lab.node("web")?.run_directory().join("eniup/config.d");
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("50.toml"), "rules = \"per-\"\n")?;
+        watch.signal(libc::SIGHUP);
+        watch.hears("going on with the configuration from before")?;
+        ensure!(web.ip("rule")?.contains("24001:"), "a bad configuration changed something");
+        std::fs::write(folder.join("50.toml"), "rules = \"per-address\"\n")?;
+        watch.signal(libc::SIGHUP);
+        until("a rule for the address", || Ok(web.ip("rule")?.contains("from 10.0.1.20 iif lo lookup 20001")))?;
+        Ok(())
+    });
+}
