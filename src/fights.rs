@@ -1,7 +1,8 @@
 //! Whoever undoes a change again and again is not fought with, but given way to for longer and longer.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+// A length of time, no clock.
+use core::time::Duration;
 
 /// A change that has to be made again within this time of the last was undone by somebody.
 const MEMORY: Duration = Duration::from_secs(60);

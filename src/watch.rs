@@ -46,7 +46,7 @@ pub struct Watch {
 /// What happens.
 enum Event {
     Changed,
-    Read(Answer),
+    Read(Box<Answer>),
     /// It is time to ask metadata, or somebody has been given way to for long enough.
     Due,
     Reload,
@@ -113,7 +113,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                 state.look().await?;
             }
             Event::Read(answer) => {
-                state.take(answer).await;
+                state.take(*answer).await;
                 if !std::mem::replace(&mut is_ready, true) {
                     state.service.say("READY=1");
                 }
@@ -162,7 +162,7 @@ impl State<'_> {
         let event = select_all([
             signals.next().map(Ok).boxed_local(),
             at(alive_by).map(|()| Ok(Event::Watchdog)).boxed_local(),
-            read.map(|answer| Ok(Event::Read(answer))).boxed_local(),
+            read.map(|answer| Ok(Event::Read(Box::new(answer)))).boxed_local(),
             at(due).map(|()| Ok(Event::Due)).boxed_local(),
             changed.boxed_local(),
         ])
