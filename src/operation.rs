@@ -269,7 +269,10 @@ impl fmt::Display for Selectors<'_> {
         if let Some(Mark { value, mask }) = mark {
             write!(f, " fwmark {value:#x}/{mask:#x}")?;
         }
-        write!(f, " lookup {}", table_name(*table))?;
+        // A `goto` of somebody else has none.
+        if *table != 0 || goto.is_none() {
+            write!(f, " lookup {}", table_name(*table))?;
+        }
         if let Some(priority) = goto {
             write!(f, " goto {priority}")?;
         }

@@ -285,6 +285,8 @@ fn log_in(machine: &Machine, terminal: OwnedFd) -> Result<Child> {
         shell.pre_exec(|| {
             libc::setsid();
             libc::ioctl(0, libc::TIOCSCTTY, 0);
+            // Whoever started the tests may ignore it (nohup).
+            libc::signal(libc::SIGHUP, libc::SIG_DFL);
             Ok(())
         })
     };
