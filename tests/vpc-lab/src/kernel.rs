@@ -7,8 +7,9 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -201,6 +202,24 @@ pub fn addresses() -> Result<BTreeSet<IpAddr>> {
         _ => None,
     });
     Ok(all.collect())
+}
+
+/// Until packets for an address of this node reach it: the kernel has a worker make an IPv6 address's local route.
+pub fn await_local(address: IpAddr) -> Result<()> {
+    /// `RTF_LOCAL`.
+    const LOCAL: u32 = 0x8000_0000;
+    let IpAddr::V6(address) = address else { return Ok(()) };
+    let shown = format!("{:032x} 80 ", u128::from(address));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route")?;
+        let flags = |line: &str| u32::from_str_radix(line.split_whitespace().nth(8)?, 16).ok();
+        if routes.lines().any(|line| line.starts_with(&shown) && flags(line).is_some_and(|flags| flags & LOCAL != 0)) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{address} does not become local");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 pub fn delete_address(link: &str, net: IpNet) -> Result<()> {

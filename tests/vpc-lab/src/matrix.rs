@@ -197,7 +197,10 @@ fn as_before(lab: &Lab, primaries: &[IpAddr], probes: &[Probe]) -> Result<Vec<Ou
     let there = web.enter(kernel::addresses)?;
     let missing: Vec<IpAddr> = primaries.iter().copied().filter(|address| !there.contains(address)).collect();
     let untouched = probe_twice(lab, probes)?;
-    web.enter(|| missing.iter().try_for_each(|address| kernel::add_address("ens5", (*address).into(), None)))?;
+    web.enter(|| {
+        missing.iter().try_for_each(|address| kernel::add_address("ens5", (*address).into(), None))?;
+        missing.iter().try_for_each(|address| kernel::await_local(*address))
+    })?;
     let by_hand = probe_twice(lab, probes)?;
     web.enter(|| missing.iter().try_for_each(|address| kernel::delete_address("ens5", (*address).into())))?;
     let needs = |probe: &Probe| {
