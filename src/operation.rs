@@ -86,6 +86,29 @@ impl Operation {
         }
     }
 
+    /// Within its phase, for what has an order. At every moment a packet has to go as it did before or as it will: whoever
+    /// adds rules from the first priority on and takes them away from the last on changes a packet's way once. A jump leads
+    /// past others' rules to where all has to be ready, the next jump included: jumps come last, the last of them first, and
+    /// go the other way round. Rules for bound sockets go last of all: they tell of which link a table was, also to the run
+    /// after one that is killed.
+    pub fn turn(&self) -> (u8, u32) {
+        let last_first = |rule: &Rule| u32::MAX - rule.priority;
+        match self {
+            Operation::AddRule { rule } if rule.goto.is_some() => (1, last_first(rule)),
+            Operation::AddRule { rule } => (0, rule.priority),
+            Operation::DeleteRule { rule } if rule.goto.is_some() => (0, rule.priority),
+            Operation::DeleteRule { rule } if rule.oif.is_none() => (1, last_first(rule)),
+            Operation::DeleteRule { rule } => (2, last_first(rule)),
+            Operation::SetLink { .. }
+            | Operation::AddRoute { .. }
+            | Operation::DeleteAddress { .. }
+            | Operation::AddAddress { .. }
+            | Operation::ChangeAddress { .. }
+            | Operation::DeleteRoute { .. }
+            | Operation::ResetLink { .. } => (0, 0),
+        }
+    }
+
     /// A word for logs: what is done to which sort of object.
     pub fn action(&self) -> &'static str {
         match self {

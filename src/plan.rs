@@ -86,8 +86,8 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
     let left_alone = LeftAlone::of_enis(&desired.left_alone, observed, config);
     plan.steps.extend(unwanted.steps(&keep).into_iter().filter(|step| !left_alone.has(&step.operation)));
-    // Stable: within a phase each ENI's own order stays.
-    plan.steps.sort_by_key(|step| step.operation.phase());
+    // Stable: where nothing else orders them, each ENI's own order stays.
+    plan.steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
     plan
 }
 
@@ -373,10 +373,7 @@ impl Unwanted<'_> {
                 steps.push(self.step(self.eni_of_link(*index), operation, "metadata does not have it on this ENI"));
             }
         }
-        let mut rules: Vec<&Rule> = self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)).collect();
-        // Rules for bound sockets go last: they tell of which link a table was, also to the run after one that is killed.
-        rules.sort_by_key(|rule| rule.oif.is_some());
-        for rule in rules {
+        for rule in self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)) {
             if policy::owns_rule(self.config, rule) && self.rule_may_go(rule) {
                 let operation = Operation::DeleteRule { rule: rule.clone() };
                 steps.push(self.step(self.eni_of_table(rule.table), operation, "no ENI needs it"));
@@ -449,20 +446,34 @@ impl Unwanted<'_> {
         !is_of_trouble && (is_own || is_proven && !self.is_table_in_trouble(route.table))
     }
 
-    /// Whether this is the table of an ENI whose link has left the machine: no route by any link is in it, and its rule
-    /// for bound sockets names a link that is not here, or no rule leads to it any more. Its rules lead nowhere, and one
-    /// for a whole subnet would cut off another ENI that has come into that subnet.
+    /// Whether this is a table of an ENI whose link has left the machine: no route by any link is in its tables, and its
+    /// rule for bound sockets names a link that is not here, or no rule leads to them any more. Its rules lead nowhere, and
+    /// one for a whole subnet would cut off another ENI that has come into that subnet.
     fn is_link_gone(&self, table: u32) -> bool {
-        let of_table = |rule: &&Rule| rule.table == table && policy::owns_rule(self.config, rule);
-        let mut rules = self.observed.rules.iter().filter(of_table).peekable();
-        let has_rule = rules.peek().is_some();
-        let mut names = rules.filter_map(|rule| rule.oif.as_ref()).peekable();
+        let tables = self.tables_with(table);
+        let mut rules = self.observed.rules.iter();
+        let has_rule = rules.any(|rule| tables.contains(&rule.table) && policy::owns_rule(self.config, rule));
+        let mut names = self.observed.rules.iter().filter_map(|rule| self.bound_to(rule, tables[0])).peekable();
         // A name that another ENI's link has by now says nothing.
         let is_others = |link: &Link| self.eni_of_link(link.index).is_some();
-        let is_here = |name: &String| self.observed.links.values().any(|link| link.name == *name && !is_others(link));
-        let has_route = self.observed.routes.iter().any(|(link, route)| link.is_some() && route.table == table);
+        let is_here = |name: &str| self.observed.links.values().any(|link| link.name == name && !is_others(link));
+        let mut routes = self.observed.routes.iter();
+        let has_route = routes.any(|(link, route)| link.is_some() && tables.contains(&route.table));
         let is_told = names.peek().is_some() || !has_rule;
         is_told && !has_route && !names.any(is_here) && self.eni_of_table(table).is_none()
+    }
+
+    /// The tables of the slot that this one belongs to, first that of its routes.
+    fn tables_with(&self, table: u32) -> [u32; 2] {
+        let own = table.checked_sub(self.config.subnet_rule_offset).filter(|own| *own >= self.config.table_base);
+        let own = own.unwrap_or(table);
+        [own, policy::last_table(self.config, own, Family::V6)]
+    }
+
+    /// The link whose bound sockets find the table by this rule, if that is what the rule is for.
+    fn bound_to<'r>(&self, rule: &'r Rule, table: u32) -> Option<&'r str> {
+        let name = rule.oif.as_deref()?;
+        (*rule == policy::bound_rule(self.config, name, rule.family, table)).then_some(name)
     }
 
     fn is_table_in_trouble(&self, table: u32) -> bool {

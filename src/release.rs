@@ -41,7 +41,7 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
     }
     let left_alone = LeftAlone::of_links(ignored_links(observed, config), observed, config);
     steps.retain(|step| !left_alone.has(&step.operation));
-    steps.sort_by_key(|step| step.operation.phase());
+    steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
     Plan { steps, ..Plan::default() }
 }
 

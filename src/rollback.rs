@@ -109,7 +109,7 @@ pub fn rollback(before: &Before, now: &Observed, config: &Config) -> Plan {
         operations.push(Operation::AddRule { rule: rule.clone() });
     }
     before.set_links_back(now, config, &mut operations);
-    operations.sort_by_key(|operation| (operation.phase(), rank(operation)));
+    operations.sort_by_key(|operation| (operation.phase(), operation.turn(), rank(operation)));
     let step =
         |operation| Step { eni: None, operation, reason: "as it was before the run that was not confirmed".into() };
     Plan { steps: operations.into_iter().map(step).collect(), ..Plan::default() }
@@ -121,10 +121,9 @@ fn rank(operation: &Operation) -> u8 {
     match operation {
         Operation::AddRoute { route, .. } => route.gateway.is_some().into(),
         Operation::AddAddress { address, .. } => address.net.prefix_len(),
-        // They tell of which link a table was, also to the run after one that is killed.
-        Operation::DeleteRule { rule } => rule.oif.is_some().into(),
         Operation::SetLink { .. }
         | Operation::AddRule { .. }
+        | Operation::DeleteRule { .. }
         | Operation::ChangeAddress { .. }
         | Operation::DeleteAddress { .. }
         | Operation::DeleteRoute { .. }

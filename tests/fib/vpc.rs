@@ -84,6 +84,12 @@ pub fn vpc() -> impl Strategy<Value = Vpc> {
     (prop::collection::vec(shape, 2..6), [ownership(), ownership()]).prop_map(|(enis, times)| Vpc { enis, times })
 }
 
+impl Others {
+    pub fn without_groups(self) -> Others {
+        Others { is_in_a_group: Vec::new(), ..self }
+    }
+}
+
 pub fn others() -> impl Strategy<Value = Others> {
     let flags = |probability| prop::collection::vec(prop::bool::weighted(probability), 6);
     let defaults = prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 6);
@@ -138,11 +144,11 @@ fn host(subnet: u8, family: Family, number: u8) -> IpAddr {
 }
 
 impl Vpc {
-    /// Two ENIs with both families and nothing but their first addresses.
-    pub fn of_two_in_two_subnets() -> Vpc {
-        let shape = |subnet| Shape { subnet, has_ipv4: true, has_ipv6: true };
+    /// ENIs in these subnets with both families and nothing but their first addresses.
+    pub fn in_subnets(subnets: &[u8]) -> Vpc {
+        let shape = |subnet: &u8| Shape { subnet: *subnet, has_ipv4: true, has_ipv6: true };
         let nothing = Ownership { hosts: Vec::new(), blocks: Vec::new() };
-        Vpc { enis: vec![shape(0), shape(1)], times: [nothing.clone(), nothing] }
+        Vpc { enis: subnets.iter().map(shape).collect(), times: [nothing.clone(), nothing] }
     }
 
     pub fn attached(&self, time: usize) -> Attached {

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt, sockopt,
@@ -213,8 +214,12 @@ fn answer_datagram(socket: &Socket) -> io::Result<()> {
         }
         _ => Vec::new(),
     };
+    let send = || sendmsg(socket.as_raw_fd(), &[IoSlice::new(&answer)], &control, MsgFlags::MSG_DONTWAIT, Some(&from));
+    // A busy machine's queue is no loss of the network's: the answer waits for its room.
+    while send() == Err(Errno::EAGAIN) {
+        let _ = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE);
+    }
     // An answer that finds no way out is the client's silence: that is what is being measured.
-    let _ = sendmsg(socket.as_raw_fd(), &[IoSlice::new(&answer)], &control, MsgFlags::MSG_DONTWAIT, Some(&from));
     Ok(())
 }
 

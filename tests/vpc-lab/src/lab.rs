@@ -22,6 +22,7 @@ use crate::interposer;
 use crate::kernel::{self, Route};
 use crate::metadata::{EniView, InstanceView, Propagation, Published};
 use crate::node::Node;
+use crate::overflow;
 use crate::probe::{Outcome, Probe, probe_all};
 use crate::vpc::{CreateEni, Eni, EniId, InstanceId, Mac, Port, World, router};
 use crate::wire;
@@ -499,6 +500,19 @@ impl Lab {
     /// Streams of flows that are served at this moment, on all nodes.
     pub fn streams(&self) -> usize {
         self.echoes.values().map(Echo::streams).sum()
+    }
+
+    /// What full queues have thrown away so far, where any has: on each node and in the fabric.
+    ///
+    /// # Errors
+    /// The kernel's counters cannot be read.
+    pub fn overflows(&self) -> Result<Vec<String>> {
+        let nodes = self.nodes.values().map(|node| Ok((node.name.as_str(), overflow::of(node)?)));
+        let all = nodes.chain(std::iter::once_with(|| Ok(("fabric", overflow::of_this_namespace()?))));
+        let told = |(place, full): (&str, BTreeMap<String, u64>)| {
+            full.into_iter().map(|(queue, n)| format!("{place}: {n} at {queue}")).collect::<Vec<_>>()
+        };
+        all.collect::<Result<Vec<_>>>().map(|all| all.into_iter().flat_map(told).collect())
     }
 
     /// A program to run on a node.

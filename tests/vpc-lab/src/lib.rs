@@ -19,6 +19,7 @@ pub mod matrix;
 pub mod metadata;
 pub mod nat;
 pub mod node;
+pub mod overflow;
 pub mod probe;
 pub mod sandbox;
 pub mod scene;

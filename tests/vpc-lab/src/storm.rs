@@ -41,6 +41,8 @@ pub struct Report {
     /// Packets dropped by the VPC's source check.
     pub drops: u64,
     pub rate: Rate,
+    /// What the lab itself has lost to full queues: it explains a lost message, and excuses none.
+    pub overflows: Vec<String>,
     /// When each operation began.
     begun: Vec<Instant>,
 }
@@ -51,7 +53,7 @@ impl Report {
         self.drops == 0 && self.flows.iter().all(FlowReport::is_whole)
     }
 
-    /// The conversations that have lost anything, each with the operation during which that began.
+    /// The conversations that have lost anything, each with the operation during which that began, and the lab's full queues.
     pub fn broken(&self) -> Vec<String> {
         let told = |flow: &FlowReport| {
             let during = flow.since.map(|since| self.begun.partition_point(|begun| *begun <= since));
@@ -60,7 +62,11 @@ impl Report {
                 None => flow.to_string(),
             }
         };
-        self.flows.iter().filter(|flow| !flow.is_whole()).map(told).collect()
+        let mut broken: Vec<String> = self.flows.iter().filter(|flow| !flow.is_whole()).map(told).collect();
+        if !broken.is_empty() {
+            broken.extend(self.overflows.iter().map(|full| format!("a queue of the lab was full: {full}")));
+        }
+        broken
     }
 }
 
@@ -127,10 +133,10 @@ pub fn play(eniup: &Path, seed: u64, operations: usize, progress: impl Fn(usize)
     }
     storm.look()?;
     storm.count_drops()?;
-    let Storm { lab: _lab, flows, mut ended, drops, rate, .. } = storm;
+    let Storm { lab, flows, mut ended, drops, rate, .. } = storm;
     ended.extend(flows.finish());
     let operations = script.operations.iter().map(Operation::to_string).collect();
-    Ok(Report { operations, flows: ended, drops, rate, begun })
+    Ok(Report { operations, flows: ended, drops, rate, overflows: lab.overflows()?, begun })
 }
 
 impl Storm {
@@ -436,7 +442,8 @@ pub fn nat_box(eniup: &Path, conversations: usize, rounds: u32) -> Result<Report
     }
     flows.go_on(ANSWERS)?;
     let flows = flows.finish();
-    Ok(Report { operations, flows, drops: lab.fabric.source_drops(), rate: Rate::default(), begun })
+    let (drops, overflows) = (lab.fabric.source_drops(), lab.overflows()?);
+    Ok(Report { operations, flows, drops, rate: Rate::default(), overflows, begun })
 }
 
 fn come_and_go(lab: &mut Lab, flows: &Flows, subnet: u8, device: u32) -> Result<()> {
