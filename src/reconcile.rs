@@ -197,7 +197,7 @@ pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Op
 }
 
 /// How much of metadata is needed.
-fn scope(config: &Config) -> Scope {
+pub fn scope(config: &Config) -> Scope {
     if config.needs_details() { Scope::Selection } else { Scope::Routing }
 }
 
