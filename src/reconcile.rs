@@ -98,6 +98,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
 }
 
 /// What metadata said, and when.
+#[derive(Clone)]
 pub struct Reading {
     tree: Tree,
     all: Attached,
@@ -111,6 +112,16 @@ impl Reading {
         let begun = since_boot()?;
         let tree = imds.snapshot(scope(config)).await?;
         Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun, ended: since_boot()? } })
+    }
+
+    /// Whether metadata says the same still, as far as it changes while ENIs stay attached: few requests. What is not settled
+    /// in it is to be read anew.
+    ///
+    /// # Errors
+    /// As for [`Reading::take`].
+    pub async fn is_still_so(&self, imds: &mut Imds, config: &Config) -> Result<bool> {
+        let enis = self.all.ready.keys().copied().collect();
+        Ok(self.all.unsettled().is_empty() && imds.glance(self.tree.clone(), &enis, scope(config)).await? == self.tree)
     }
 
     /// With what was not settled in it read anew. That does not make the rest younger.
