@@ -196,6 +196,15 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
 
+/// The links that metadata may come to tell of, by name.
+///
+/// # Errors
+/// No netlink.
+pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config) -> Result<BTreeSet<String>> {
+    let observed = Observed { links: netlink.links().await?, ..Observed::default() };
+    Ok(unlisted_links(&reading.all, &observed, config).into_iter().map(|link| link.name.clone()).collect())
+}
+
 /// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! Staying, and keeping it so: the kernel tells when something changes, and metadata is asked now and then.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::future::pending;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::imds::{Imds, Surroundings};
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::reconcile::{self, Options, Reading};
-use crate::report::Report;
+use crate::report::{self, Report};
 use crate::service::Service;
 
 /// After something has changed, more does: a manager makes its routes one by one.
@@ -24,6 +25,10 @@ const QUIET: Duration = Duration::from_millis(20);
 
 /// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
 const RATIO: u32 = 1000;
+
+/// Before metadata is asked again for what it is expected to tell of: an ENI whose link has come, or of which it has not told
+/// all. Half as long again each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long something that is to be repaired waits for metadata's answer.
 const GRACE: Duration = Duration::from_millis(500);
@@ -77,6 +82,11 @@ struct State<'a> {
     reading: Option<Reading>,
     /// Until when a glance at metadata is enough: all was as it should be, and nothing has changed since.
     glance_until: Option<Instant>,
+    /// What metadata is expected to tell of, and how soon it is asked again for that.
+    expected: BTreeSet<String>,
+    /// Of these the ENIs that were pending when all was settled last.
+    pending: BTreeSet<String>,
+    eager_pause: Duration,
     fights: Fights,
     /// Who was the last to take something away, with the process's number.
     last_remover: Option<String>,
@@ -105,6 +115,9 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         cpu_before: Duration::ZERO,
         reading: None,
         glance_until: None,
+        expected: BTreeSet::new(),
+        pending: BTreeSet::new(),
+        eager_pause: FIRST_PAUSE,
         fights: Fights::default(),
         last_remover: None,
         begun: Instant::now(),
@@ -217,7 +230,30 @@ impl State<'_> {
             Ok(false) => {}
             Err(error) => self.say(&format!("{error:#}")),
         }
+        if self.expects_more().await {
+            self.ask().await?;
+        }
         Ok(())
+    }
+
+    /// Whether metadata is expected to tell of something of which it was not before.
+    async fn expects_more(&mut self) -> bool {
+        let Some(reading) = &self.reading else { return false };
+        match reconcile::unlisted(&mut self.netlink, reading, &self.options.config).await {
+            Ok(unlisted) => {
+                let expected = &unlisted | &self.pending;
+                let is_more = !expected.is_subset(&self.expected);
+                self.expected = expected;
+                if is_more {
+                    self.eager_pause = FIRST_PAUSE;
+                }
+                is_more
+            }
+            Err(error) => {
+                self.say(&format!("{error:#}"));
+                false
+            }
+        }
     }
 
     /// Settles what there is to settle by what was read, or by what was read before.
@@ -230,16 +266,16 @@ impl State<'_> {
                 let is_as_before = reading.is_none() && self.glance_until.is_some();
                 self.reading = reading.or(self.reading.take());
                 if is_as_before {
-                    self.ask_at = Instant::now() + self.pause(self.watch.interval);
+                    self.ask_at = Instant::now() + self.eager_pause();
                     return;
                 }
-                (self.watch.interval, None)
+                (None, None)
             }
             Err(error) => {
                 self.glance_until = None;
                 self.failures += 1;
                 let doubled = self.watch.interval.saturating_mul(1 << (self.failures - 1).min(16));
-                (doubled.min(LONGEST_PAUSE.max(self.watch.interval)), Some(format!("{error:#}")))
+                (Some(doubled.min(LONGEST_PAUSE.max(self.watch.interval))), Some(format!("{error:#}")))
             }
         };
         self.settle().await;
@@ -247,7 +283,23 @@ impl State<'_> {
         if let Some(trouble) = trouble {
             self.say(&trouble);
         }
-        self.ask_at = Instant::now() + self.pause(pause);
+        self.expects_more().await;
+        let pause = match pause {
+            Some(pause) => self.pause(pause),
+            None => self.eager_pause(),
+        };
+        self.ask_at = Instant::now() + pause;
+    }
+
+    /// After an answer.
+    fn eager_pause(&mut self) -> Duration {
+        let pause = self.pause(self.watch.interval);
+        if self.expected.is_empty() {
+            return pause;
+        }
+        let eager = self.eager_pause.min(pause);
+        self.eager_pause = eager * 3 / 2;
+        eager
     }
 
     /// So long, or longer if asking has cost much.
@@ -291,6 +343,8 @@ impl State<'_> {
                 suspects()
             );
         }
+        let pending = report.troubles.iter().filter(|(_, trouble)| trouble.state == report::State::Pending);
+        self.pending = pending.map(|(eni, _)| eni.clone()).collect();
         let held = self.options.held_back.iter().map(|change| format!("held back: {change}\n"));
         let trouble = report.to_string() + &held.collect::<String>();
         self.say(trouble.trim_end());

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 use vpc_lab::lab::{Distribution, Lab};
+use vpc_lab::metadata::Propagation;
 use vpc_lab::probe::{Bound, Kind, Probe};
 use vpc_lab::vpc::{CreateEni, EniId, SubnetId};
 
@@ -144,6 +145,27 @@ fn what_comes_is_configured_and_what_goes_is_taken_away() {
         ensure!(web.lab.fabric.source_drops() == 0, "{:?}", web.lab.fabric.last_drops());
         ensure!(watch.ends()? == Some(0), "it does not end well");
         ensure!(web.answers("10.0.1.20")?, "what was configured went with the watch");
+        Ok(())
+    });
+}
+
+/// Metadata is asked once an hour, unless a link tells that there is something to ask for.
+#[test]
+fn an_eni_whose_link_comes_is_asked_for_until_metadata_tells_of_it() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let late = Duration::from_millis(700);
+        let keys = [("local-ipv4s".to_string(), 2 * late)].into();
+        web.lab
+            .set_propagation("web", Propagation { listing_entry: late, overrides: keys, ..Propagation::default() })?;
+        let third =
+            web.lab.create_network_interface(CreateEni { subnet: web.subnets[2].clone(), ..CreateEni::default() })?;
+        let address = web.lab.world().eni(&third)?.ipv4s[0].to_string();
+        web.lab.attach_network_interface(&third, "web", 0, 2)?;
+        let took = until("an attached ENI answers", || web.answers(&address))?;
+        ensure!(took > late, "metadata told of it at once: {took:?}");
         Ok(())
     });
 }

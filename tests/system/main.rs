@@ -6,7 +6,7 @@ mod system;
 use std::time::Duration;
 
 use anyhow::ensure;
-use system::{Installed, System};
+use system::{Installed, SECOND, System};
 
 /// For what should be done at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(15);
