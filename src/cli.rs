@@ -29,6 +29,7 @@ use crate::net::{Link, Observed};
 use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
+use crate::readiness::{self, Target};
 use crate::reconcile::{self, NotPermitted, Options};
 use crate::report::{Exit, Report};
 use crate::selection::select;
@@ -37,6 +38,7 @@ use crate::snapshot_file;
 use crate::status::{Status, Text, status};
 use crate::stderr::Unhindered;
 use crate::trial::InTheWay;
+use crate::wait;
 use crate::watch::{self, Watch};
 
 const EXAMPLES: &str = "\
@@ -48,6 +50,7 @@ Examples:
   eniup status                every ENI, as metadata and the kernel have it
   eniup explain --from 10.0.1.20 --to 192.0.2.7
                               which way such a packet goes, why, and whether the VPC takes it
+  eniup wait --ip 10.0.1.77   until that address is configured, for scripts that move one here
   eniup doctor                what is wrong on this machine, and what to do about it
   sudo eniup release          take away everything that eniup added
   eniup snapshot -o FILE      all that eniup looks at, for a bug report; `eniup plan --snapshot FILE` looks at it again
@@ -191,6 +194,14 @@ enum Command {
         #[command(flatten)]
         timeout: Timeout,
     },
+    /// Wait until an address or an ENI is configured, whoever configures it, and say so: for scripts that move one here. Changes
+    /// nothing and needs no privilege. Exits with 3 when the time is over, and at once with 1 when waiting does not help.
+    Wait {
+        #[command(flatten)]
+        target: WaitFor,
+        #[command(flatten)]
+        timeout: Timeout,
+    },
     /// Look for what commonly goes wrong on a machine with several ENIs, with what to do about each. Changes nothing and needs
     /// no privilege; exits with 1 if something fails.
     Doctor {
@@ -259,8 +270,26 @@ impl Command {
             | Command::Snapshot { .. }
             | Command::Release { .. }
             | Command::Watch { .. }
+            | Command::Wait { .. }
             | Command::Config(_) => None,
         }
+    }
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct WaitFor {
+    /// An address: the kernel answers for it, and sends what it sends by the link that has it. Needs no metadata.
+    #[arg(long, value_name = "ADDRESS", value_parser = readiness::parse_address)]
+    ip: Option<IpAddr>,
+    /// An ENI by its id: metadata tells all of it, and all that belongs to it is there.
+    #[arg(long, value_name = "ID", value_parser = readiness::parse_id)]
+    eni: Option<String>,
+}
+
+impl WaitFor {
+    fn target(&self) -> Option<Target> {
+        self.ip.map(Target::Address).or_else(|| self.eni.clone().map(Target::Eni))
     }
 }
 
@@ -436,6 +465,9 @@ fn exit_of(error: &anyhow::Error) -> Exit {
                 Exit::MetadataUnavailable
             };
         }
+        if let Some(error) = cause.downcast_ref::<wait::Unready>() {
+            return error.exit();
+        }
         if cause.is::<BadUsage>() {
             return Exit::Usage;
         }
@@ -538,6 +570,11 @@ async fn dispatch(cli: &Cli) -> Result<Exit> {
             };
             let options = Options { is_automatic: true, ..options(endpoint, timeout, config) };
             watch::watch(options, &watched).await?;
+            Ok(Exit::Ok)
+        }
+        Command::Wait { target, timeout } => {
+            let target = target.target().context("neither --ip nor --eni")?;
+            print(&format!("{}\n", wait::wait(&target, endpoint, timeout.deadline(&config), &config).await?))?;
             Ok(Exit::Ok)
         }
         Command::Doctor { json, timeout, saved: _ } => {

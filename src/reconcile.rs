@@ -98,6 +98,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
 }
 
 /// What metadata said, and when.
+#[derive(Clone)]
 pub struct Reading {
     tree: Tree,
     all: Attached,
@@ -111,6 +112,16 @@ impl Reading {
         let begun = since_boot()?;
         let tree = imds.snapshot(scope(config)).await?;
         Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun, ended: since_boot()? } })
+    }
+
+    /// Whether metadata says the same still, as far as it changes while ENIs stay attached: few requests. What is not settled
+    /// in it is to be read anew.
+    ///
+    /// # Errors
+    /// As for [`Reading::take`].
+    pub async fn is_still_so(&self, imds: &mut Imds, config: &Config) -> Result<bool> {
+        let enis = self.all.ready.keys().copied().collect();
+        Ok(self.all.unsettled().is_empty() && imds.glance(self.tree.clone(), &enis, scope(config)).await? == self.tree)
     }
 
     /// With what was not settled in it read anew. That does not make the rest younger.
@@ -185,6 +196,15 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
 
+/// The links that metadata may come to tell of, by name.
+///
+/// # Errors
+/// No netlink.
+pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config) -> Result<BTreeSet<String>> {
+    let observed = Observed { links: netlink.links().await?, ..Observed::default() };
+    Ok(unlisted_links(&reading.all, &observed, config).into_iter().map(|link| link.name.clone()).collect())
+}
+
 /// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn.
 ///
 /// # Errors
@@ -197,7 +217,7 @@ pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Op
 }
 
 /// How much of metadata is needed.
-fn scope(config: &Config) -> Scope {
+pub fn scope(config: &Config) -> Scope {
     if config.needs_details() { Scope::Selection } else { Scope::Routing }
 }
 

@@ -1,5 +1,6 @@
 //! Staying, and keeping it so: the kernel tells when something changes, and metadata is asked now and then.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::future::pending;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use crate::imds::{Imds, Surroundings};
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::reconcile::{self, Options, Reading};
-use crate::report::Report;
+use crate::report::{self, Report};
 use crate::service::Service;
 
 /// After something has changed, more does: a manager makes its routes one by one.
@@ -25,8 +26,16 @@ const QUIET: Duration = Duration::from_millis(20);
 /// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
 const RATIO: u32 = 1000;
 
+/// Before metadata is asked again for what it is expected to tell of: an ENI whose link has come, or of which it has not told
+/// all. Half as long again each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
 /// How long something that is to be repaired waits for metadata's answer.
 const GRACE: Duration = Duration::from_millis(500);
+
+/// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
+/// set without a word.
+const GLANCES: Duration = Duration::from_secs(60);
 
 /// While metadata does not answer; doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -54,8 +63,8 @@ enum Event {
     Stop(&'static str),
 }
 
-/// What came of asking metadata, with the conversation for the next time.
-type Answer = (Option<Imds>, Result<Reading>);
+/// What came of asking metadata, with the conversation for the next time; no reading if it says what it said before.
+type Answer = (Option<Imds>, Result<Option<Reading>>);
 
 struct State<'a> {
     options: Options,
@@ -71,7 +80,16 @@ struct State<'a> {
     /// When asking began, in time on a CPU.
     cpu_before: Duration,
     reading: Option<Reading>,
+    /// Until when a glance at metadata is enough: all was as it should be, and nothing has changed since.
+    glance_until: Option<Instant>,
+    /// What metadata is expected to tell of, and how soon it is asked again for that.
+    expected: BTreeSet<String>,
+    /// Of these the ENIs that were pending when all was settled last.
+    pending: BTreeSet<String>,
+    eager_pause: Duration,
     fights: Fights,
+    /// Who was the last to take something away, with the process's number.
+    last_remover: Option<String>,
     begun: Instant,
     /// What was said last of what is wrong: nobody wants to read it every two seconds.
     last_trouble: String,
@@ -96,7 +114,12 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
+        glance_until: None,
+        expected: BTreeSet::new(),
+        pending: BTreeSet::new(),
+        eager_pause: FIRST_PAUSE,
         fights: Fights::default(),
+        last_remover: None,
         begun: Instant::now(),
         last_trouble: String::new(),
         failures: 0,
@@ -108,8 +131,10 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
     loop {
         match state.next(&mut events, &mut signals, alive_by).await? {
             Event::Changed => {
+                state.glance_until = None;
                 sleep(QUIET).await;
                 events.forget().context("listening to the kernel")?;
+                state.last_remover = events.last_remover().and_then(process).or(state.last_remover.take());
                 state.look().await?;
             }
             Event::Read(answer) => {
@@ -184,7 +209,9 @@ impl State<'_> {
             };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
             let (config, deadline) = (self.options.config.clone(), Instant::now() + self.watch.timeout);
-            self.asking = Some(read(imds, endpoint, surroundings, config, deadline).boxed_local());
+            let is_recent = self.glance_until.is_some_and(|until| Instant::now() < until);
+            let known = self.reading.clone().filter(|_| is_recent);
+            self.asking = Some(read(imds, endpoint, surroundings, known, config, deadline).boxed_local());
         }
         Ok(())
     }
@@ -203,7 +230,30 @@ impl State<'_> {
             Ok(false) => {}
             Err(error) => self.say(&format!("{error:#}")),
         }
+        if self.expects_more().await {
+            self.ask().await?;
+        }
         Ok(())
+    }
+
+    /// Whether metadata is expected to tell of something of which it was not before.
+    async fn expects_more(&mut self) -> bool {
+        let Some(reading) = &self.reading else { return false };
+        match reconcile::unlisted(&mut self.netlink, reading, &self.options.config).await {
+            Ok(unlisted) => {
+                let expected = &unlisted | &self.pending;
+                let is_more = !expected.is_subset(&self.expected);
+                self.expected = expected;
+                if is_more {
+                    self.eager_pause = FIRST_PAUSE;
+                }
+                is_more
+            }
+            Err(error) => {
+                self.say(&format!("{error:#}"));
+                false
+            }
+        }
     }
 
     /// Settles what there is to settle by what was read, or by what was read before.
@@ -211,14 +261,21 @@ impl State<'_> {
         self.imds = imds;
         let (pause, trouble) = match result {
             Ok(reading) => {
-                self.reading = Some(reading);
                 self.failures = 0;
-                (self.watch.interval, None)
+                // Nothing to settle, unless something has changed while it was asked.
+                let is_as_before = reading.is_none() && self.glance_until.is_some();
+                self.reading = reading.or(self.reading.take());
+                if is_as_before {
+                    self.ask_at = Instant::now() + self.eager_pause();
+                    return;
+                }
+                (None, None)
             }
             Err(error) => {
+                self.glance_until = None;
                 self.failures += 1;
                 let doubled = self.watch.interval.saturating_mul(1 << (self.failures - 1).min(16));
-                (doubled.min(LONGEST_PAUSE.max(self.watch.interval)), Some(format!("{error:#}")))
+                (Some(doubled.min(LONGEST_PAUSE.max(self.watch.interval))), Some(format!("{error:#}")))
             }
         };
         self.settle().await;
@@ -226,8 +283,29 @@ impl State<'_> {
         if let Some(trouble) = trouble {
             self.say(&trouble);
         }
+        self.expects_more().await;
+        let pause = match pause {
+            Some(pause) => self.pause(pause),
+            None => self.eager_pause(),
+        };
+        self.ask_at = Instant::now() + pause;
+    }
+
+    /// After an answer.
+    fn eager_pause(&mut self) -> Duration {
+        let pause = self.pause(self.watch.interval);
+        if self.expected.is_empty() {
+            return pause;
+        }
+        let eager = self.eager_pause.min(pause);
+        self.eager_pause = eager * 3 / 2;
+        eager
+    }
+
+    /// So long, or longer if asking has cost much.
+    fn pause(&self, least: Duration) -> Duration {
         let cost = if self.watch.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
-        self.ask_at = Instant::now() + pause.max(cost * RATIO);
+        least.max(cost * RATIO)
     }
 
     /// Makes the kernel agree with what was read last.
@@ -237,20 +315,36 @@ impl State<'_> {
         self.options.deadline = Instant::now() + self.watch.timeout;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         match reconcile::settle_again(&mut self.netlink, reading, &self.options).await {
-            Ok(report) => self.take_note(&report),
+            Ok(report) => {
+                self.take_note(&report);
+                self.glance_until = self.is_settled(&report).await.then(|| Instant::now() + GLANCES);
+            }
             Err(error) => self.say(&format!("{error:#}")),
         }
+    }
+
+    /// Whether all is as it should be, and nothing that metadata lacks waits for proof.
+    async fn is_settled(&mut self, report: &Report) -> bool {
+        let Some(reading) = &self.reading else { return false };
+        let is_quiet = report.done.is_empty() && report.troubles.is_empty() && report.unsettled.is_empty();
+        is_quiet && matches!(reconcile::may_differ(&mut self.netlink, reading, &self.options).await, Ok(false))
     }
 
     fn take_note(&mut self, report: &Report) {
         for (change, times, pause) in self.fights.note(&report.done, self.begun.elapsed()) {
             tracing::warn!(
                 "somebody undoes this again and again ({times} times by now), so it waits {} s before it is done again: \
-                 {change}{}",
+                 {change}{}{}",
                 pause.as_secs(),
+                self.last_remover
+                    .iter()
+                    .map(|who| format!("; the last to take something away: {who}"))
+                    .collect::<String>(),
                 suspects()
             );
         }
+        let pending = report.troubles.iter().filter(|(_, trouble)| trouble.state == report::State::Pending);
+        self.pending = pending.map(|(eni, _)| eni.clone()).collect();
         let held = self.options.held_back.iter().map(|change| format!("held back: {change}\n"));
         let trouble = report.to_string() + &held.collect::<String>();
         self.say(trouble.trim_end());
@@ -273,6 +367,7 @@ impl State<'_> {
             Err(error) => tracing::warn!("{error:#}; going on with the configuration from before"),
         }
         self.last_trouble.clear();
+        self.glance_until = None;
     }
 }
 
@@ -280,6 +375,7 @@ async fn read(
     imds: Option<Imds>,
     endpoint: Option<String>,
     surroundings: Option<Surroundings>,
+    known: Option<Reading>,
     config: Config,
     deadline: Instant,
 ) -> Answer {
@@ -291,11 +387,26 @@ async fn read(
         },
     };
     imds.end_by(deadline);
-    match Reading::take(&mut imds, &config).await {
+    let is_still_so = match &known {
+        Some(known) => known.is_still_so(&mut imds, &config).await,
+        None => Ok(false),
+    };
+    let reading = match is_still_so {
+        Ok(true) => Ok(None),
+        Ok(false) => Reading::take(&mut imds, &config).await.map(Some),
+        Err(error) => Err(error),
+    };
+    match reading {
         Ok(reading) => (Some(imds), Ok(reading)),
         // Another way may be open by now.
         Err(error) => (None, Err(error)),
     }
+}
+
+/// A process by its number, as long as it is there; not this one, which takes away what is not wanted any more.
+fn process(number: u32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/{number}/comm")).ok().filter(|_| number != std::process::id())?;
+    Some(format!("{} (process {number})", name.trim_end()))
 }
 
 /// Managers that run here and are known to take away what they did not make, with what stops them.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 38] = [
+const FLOW: [&str; 40] = [
     "net",
     "config",
     "eni",
@@ -21,6 +21,7 @@ const FLOW: [&str; 38] = [
     "plan",
     "fib",
     "explain",
+    "readiness",
     "ledger",
     "markers",
     "snapshot",
@@ -40,6 +41,7 @@ const FLOW: [&str; 38] = [
     "fights",
     "service",
     "watch",
+    "wait",
     "status",
     "stderr",
     "cli",
@@ -47,7 +49,7 @@ const FLOW: [&str; 38] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 22] = [
+const PURE: [&str; 23] = [
     "net",
     "config",
     "eni",
@@ -63,6 +65,7 @@ const PURE: [&str; 22] = [
     "plan",
     "fib",
     "explain",
+    "readiness",
     "markers",
     "snapshot",
     "doctor",

@@ -1,7 +1,7 @@
 //! `eniup watch` in a VPC: what comes is configured, what others undo is repaired, who undoes it again and again is given way
 //! to, and systemd is told how it is.
 
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 use vpc_lab::lab::{Distribution, Lab};
+use vpc_lab::metadata::Propagation;
 use vpc_lab::probe::{Bound, Kind, Probe};
 use vpc_lab::vpc::{CreateEni, EniId, SubnetId};
 
@@ -148,6 +149,27 @@ fn what_comes_is_configured_and_what_goes_is_taken_away() {
     });
 }
 
+/// Metadata is asked once an hour, unless a link tells that there is something to ask for.
+#[test]
+fn an_eni_whose_link_comes_is_asked_for_until_metadata_tells_of_it() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let late = Duration::from_millis(700);
+        let keys = [("local-ipv4s".to_string(), 2 * late)].into();
+        web.lab
+            .set_propagation("web", Propagation { listing_entry: late, overrides: keys, ..Propagation::default() })?;
+        let third =
+            web.lab.create_network_interface(CreateEni { subnet: web.subnets[2].clone(), ..CreateEni::default() })?;
+        let address = web.lab.world().eni(&third)?.ipv4s[0].to_string();
+        web.lab.attach_network_interface(&third, "web", 0, 2)?;
+        let took = until("an attached ENI answers", || web.answers(&address))?;
+        ensure!(took > late, "metadata told of it at once: {took:?}");
+        Ok(())
+    });
+}
+
 /// Metadata is asked once an hour, so it is the kernel that tells.
 #[test]
 fn what_others_undo_is_repaired_when_the_kernel_tells() {
@@ -187,6 +209,83 @@ fn who_undoes_a_change_again_and_again_is_named_and_given_way_to() {
         ensure!(took > Duration::from_millis(500), "it goes on fighting: {took:?}");
         Ok(())
     });
+}
+
+/// One that stays, as managers do: of one that has ended nothing is to be learned.
+#[test]
+fn the_process_that_undoes_a_change_again_and_again_is_named() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let mut rival = web.lab.command("web", "ip")?;
+        let mut rival = rival.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let mut commands = rival.stdin.take().context("stdin")?;
+        let name = format!("the last to take something away: ip (process {})", rival.id());
+        let named = until("it is named", || {
+            commands.write_all(b"rule del priority 24001\n")?;
+            Ok(watch.lines.try_iter().any(|line| line.contains(&name)))
+        });
+        drop(commands);
+        rival.wait()?;
+        named.map(drop)
+    });
+}
+
+/// A glance at two ENIs is their list, and each one's keys and addresses; all of them would be three times that.
+#[test]
+fn where_nothing_changes_metadata_is_asked_little() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let _watch = Watch::of(&web.lab, &["--interval", "200ms"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let count = |web: &Watched, key: &str| -> Result<u64> {
+            let gets = web.lab.service("web")?.requests().gets_by_path;
+            Ok(gets.iter().filter(|(path, _)| path.ends_with(key)).map(|(_, count)| count).sum())
+        };
+        until("only what changes is asked for", || {
+            web.lab.service("web")?.reset_counters();
+            until("some glances", || Ok(count(&web, "/macs/")? >= 5))?;
+            Ok(count(&web, "device-number")? == 0 && count(&web, "local-ipv4s")? >= 8)
+        })?;
+        web.lab.assign(&web.second.clone(), &["10.0.1.77/32".parse()?], false)?;
+        until("an assigned address answers", || web.answers("10.0.1.77"))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_written_is_told_once() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let folder = tempfile::tempdir()?;
+        mount_read_only(folder.path())?;
+        for command in ["reconcile", "release"] {
+            let mut eniup = web.lab.command("web", env!("CARGO_BIN_EXE_eniup"))?;
+            let output = eniup.args([command, "--timeout", "5s"]).env("RUNTIME_DIRECTORY", folder.path()).output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.code() == Some(1) && said.lines().count() == 1, "{command}: {said}");
+            ensure!(said.contains("cannot open the lock") && said.contains("Read-only file system"), "{said}");
+        }
+        let mut command = web.lab.command("web", env!("CARGO_BIN_EXE_eniup"))?;
+        command.args(["watch", "--interval", "100ms"]).env("RUNTIME_DIRECTORY", folder.path());
+        let mut watch = Watch::start(&mut command)?;
+        watch.hears("cannot open the lock")?;
+        web.lab.service("web")?.reset_counters();
+        until(
+            "it goes on asking",
+            || Ok(web.lab.service("web")?.requests().gets_by_status.values().sum::<u64>() > 50),
+        )?;
+        ensure!(watch.lines.try_iter().count() == 0, "it says it again");
+        ensure!(watch.ends()? == Some(0));
+        Ok(())
+    });
+}
+
+fn mount_read_only(folder: &Path) -> Result<()> {
+    let output = Command::new("mount").args(["-t", "tmpfs", "-o", "ro", "tmpfs"]).arg(folder).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
 }
 
 #[test]

@@ -48,6 +48,9 @@ const IN_FLIGHT: usize = 8;
 const CERTAIN_KEYS: [&str; 4] = ["device-number", "interface-id", "local-ipv4s", "subnet-ipv4-cidr-block"];
 const CERTAIN_IPV6_KEYS: [&str; 4] = ["device-number", "interface-id", "ipv6s", "subnet-ipv6-cidr-blocks"];
 
+/// What is assigned and unassigned while an ENI is attached; all else stays as it is.
+const CHANGING_KEYS: [&str; 4] = ["local-ipv4s", "ipv6s", "ipv4-prefix", "ipv6-prefix"];
+
 /// Why no snapshot could be had. Each is its own message, since each has its own remedy.
 #[derive(Debug)]
 pub enum Error {
@@ -236,6 +239,24 @@ impl Imds {
         reading.ask(INTERFACES.into());
         for mac in enis {
             reading.ask_for_eni(*mac);
+        }
+        self.read(reading).await
+    }
+
+    /// The same snapshot with what changes in an ENI's life read anew: which there are, and what they have.
+    ///
+    /// # Errors
+    /// As for [`Imds::snapshot`].
+    pub async fn glance(&mut self, mut tree: Tree, enis: &BTreeSet<MacAddr>, scope: Scope) -> Result<Tree, Error> {
+        tree.forget(INTERFACES);
+        for directory in enis.iter().map(|mac| eni_directory(*mac)) {
+            CHANGING_KEYS.iter().for_each(|key| tree.forget(&format!("{directory}{key}")));
+            tree.forget(&directory);
+        }
+        let mut reading = Reading::new(tree, scope, self.certain_keys);
+        reading.ask(INTERFACES.into());
+        for directory in enis.iter().map(|mac| eni_directory(*mac)) {
+            reading.ask(directory);
         }
         self.read(reading).await
     }

@@ -9,8 +9,12 @@ use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 /// `RTNLGRP_*` of `linux/rtnetlink.h`: links, and addresses, routes and rules of both families.
 const GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
 
+/// Something was taken away; `RTM_*` of `linux/rtnetlink.h`.
+const REMOVALS: [u16; 3] = [libc::RTM_DELADDR, libc::RTM_DELROUTE, libc::RTM_DELRULE];
+
 pub struct Events {
     socket: TokioSocket,
+    last_remover: Option<u32>,
 }
 
 impl Events {
@@ -22,7 +26,7 @@ impl Events {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
         let groups = GROUPS.iter().fold(0, |groups, group| groups | 1 << (group - 1));
         socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
-        Ok(Events { socket })
+        Ok(Events { socket, last_remover: None })
     }
 
     /// Waits until something has changed. Events that the kernel had no room for are a change, too.
@@ -44,12 +48,28 @@ impl Events {
         Ok(())
     }
 
+    /// The port of the socket by which something was last taken away: mostly the number of its process, since the kernel gives a
+    /// process's first socket that number.
+    pub fn last_remover(&self) -> Option<u32> {
+        self.last_remover
+    }
+
     async fn one(&mut self) -> io::Result<()> {
         let mut datagram = Vec::with_capacity(64 * 1024);
         match self.socket.recv(&mut datagram).await {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.last_remover = remover(&datagram).or(self.last_remover);
+                Ok(())
+            }
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
             Err(error) => Err(error),
         }
     }
+}
+
+/// Who has asked for what the message tells of, if it tells of a removal. The kernel's own doing has port 0.
+fn remover(message: &[u8]) -> Option<u32> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let port = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
+    (REMOVALS.contains(&kind) && port != 0).then_some(port)
 }

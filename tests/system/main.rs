@@ -6,7 +6,7 @@ mod system;
 use std::time::Duration;
 
 use anyhow::ensure;
-use system::{Installed, System};
+use system::{Installed, SECOND, System};
 
 /// For what should be done at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(15);
@@ -18,7 +18,7 @@ fn installing_changes_nothing_until_it_is_enabled_and_removing_changes_nothing_e
         let before = system.network()?;
         system.install()?;
         system.ensure_network(&before)?;
-        for unit in ["eniup.service", "eniup-refresh.service"] {
+        for unit in ["eniup.service", "eniup-refresh.service", "eniup-watch.service"] {
             ensure!(system.says(&["systemctl", "is-enabled", unit])?.trim() == "disabled", "{unit} is enabled");
         }
         let eni = system.attach()?;
@@ -61,7 +61,7 @@ fn a_disabled_package_looks_no_longer() {
     vpc_lab::inside(|| {
         let mut system = System::boot(Installed::Enabled)?;
         system.run(&["systemctl", "disable", "--now", "eniup"])?;
-        for unit in ["eniup.service", "eniup-hotplug.path", "eniup-refresh.timer"] {
+        for unit in ["eniup.service", "eniup-hotplug.path", "eniup-refresh.path", "eniup-refresh.timer"] {
             ensure!(system.says(&["systemctl", "is-active", unit])?.trim() == "inactive", "{unit} is active");
         }
         let wanted = system.says(&["find", "/etc/systemd/system", "-name", "eniup*", "-path", "*.wants/*"])?;
@@ -128,21 +128,21 @@ fn events_during_a_run_cause_exactly_one_more() {
 }
 
 /// The run behind the start may come before networkd has taken the primary's address over, with which the kernel removes routes;
-/// then the timer's is the one that heals.
+/// then the one behind what networkd writes down heals.
 #[test]
 fn a_restart_of_networkd_is_followed_by_a_run() {
-    const TIMER: Duration = Duration::from_secs(45);
     vpc_lab::inside(|| {
         let system = System::boot(Installed::Enabled)?;
+        // So it is none of the timer's runs.
+        system.run(&["systemctl", "stop", "eniup-refresh.timer"])?;
         system.write("/etc/systemd/network/10-primary.network", "[Match]\nName=ens5\n[Network]\nDHCP=ipv4\n")?;
         let configured = system.network_of_ours()?;
         for verb in ["start", "restart"] {
             let runs = system.runs("refresh")?;
             system.run(&["systemctl", verb, "systemd-networkd"])?;
-            // Sooner than the timer, which comes 26 s after a run at the earliest.
             system.wait(SOON, "a run behind it", |system| Ok(system.runs("refresh")? > runs))?;
             system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
-            system.wait(TIMER, "all of eniup's", |system| {
+            system.wait(SOON, "all of eniup's", |system| {
                 Ok(system.is_idle("refresh")? && system.ensure_ours(&configured).is_ok())
             })?;
         }
@@ -173,6 +173,157 @@ fn the_drop_in_keeps_networkd_from_removing_what_is_ours() {
         system.write("/etc/systemd/networkd.conf.d/50-eniup.conf", "")?;
         system.run(&["systemctl", "restart", "systemd-networkd"])?;
         system.wait(SOON, "the loss of rules", |system| Ok(!system.says(&["ip", "rule"])?.contains("proto eniup")))
+    });
+}
+
+/// No unit starts that could be followed.
+#[test]
+fn what_networkd_takes_away_when_it_configures_a_link_anew_is_back_before_the_timer_comes() {
+    vpc_lab::inside(|| {
+        let system = System::boot(Installed::Enabled)?;
+        system.run(&["systemctl", "stop", "eniup-refresh.timer"])?;
+        system.write("/etc/systemd/network/10-primary.network", "[Match]\nName=ens5\n[Network]\nDHCP=ipv4\n")?;
+        system.write("/etc/systemd/networkd.conf.d/50-eniup.conf", "")?;
+        let configured = system.network_of_ours()?;
+        let is_whole = |system: &System| Ok(system.is_idle("refresh")? && system.ensure_ours(&configured).is_ok());
+        system.run(&["systemctl", "start", "systemd-networkd"])?;
+        system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
+        system.wait(SOON, "all of eniup's", is_whole)?;
+        for _ in 0..3 {
+            let runs = system.runs("refresh")?;
+            system.run(&["networkctl", "reconfigure", "ens5"])?;
+            system.wait(SOON, "a run behind it", |system| Ok(system.runs("refresh")? > runs))?;
+            system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
+            system.wait(SOON, "all of eniup's", is_whole)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn watch_and_the_runs_replace_each_other() {
+    const RUNS: [&str; 4] = ["eniup.service", "eniup-hotplug.path", "eniup-refresh.path", "eniup-refresh.timer"];
+    let active = |system: &System| -> anyhow::Result<Vec<&str>> {
+        let all = RUNS.into_iter().chain(["eniup-watch.service"]).map(|unit| Ok((unit, system.is_active(unit)?)));
+        let all: Vec<(&str, bool)> = all.collect::<anyhow::Result<_>>()?;
+        Ok(all.into_iter().filter(|(_, is_active)| *is_active).map(|(unit, _)| unit).collect())
+    };
+    vpc_lab::inside(|| {
+        let system = System::boot(Installed::Enabled)?;
+        ensure!(active(&system)? == RUNS, "{:?}", active(&system)?);
+        let configured = system.network()?;
+        system.run(&["systemctl", "start", "eniup-watch"])?;
+        ensure!(active(&system)? == ["eniup-watch.service"], "{:?}", active(&system)?);
+        system.ensure_network(&configured)?;
+        system.run(&["systemctl", "start", "eniup"])?;
+        ensure!(active(&system)? == RUNS, "{:?}", active(&system)?);
+        system.ensure_network(&configured)?;
+        drop(system);
+
+        let both = System::boot(Installed::WatchedAndEnabled)?;
+        let active = active(&both)?;
+        ensure!(active == RUNS || active == ["eniup-watch.service"], "{active:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn watch_is_ready_reloads_and_is_stopped() {
+    vpc_lab::inside(|| {
+        let mut system = System::boot(Installed::Watched)?;
+        ensure!(system.of_watch("SubState")? == "running");
+        ensure!(
+            system.of_watch("StatusText")? == "the kernel agrees with metadata",
+            "{}",
+            system.of_watch("StatusText")?
+        );
+        let eni = system.attach()?;
+        system.wait(SOON, "an attached ENI", |system| system.answers(&eni.address))?;
+
+        let process = system.of_watch("MainPID")?;
+        system.write("/etc/eniup/config.d/50.toml", "rules = \"per-\"\n")?;
+        system.run(&["systemctl", "reload", "eniup-watch"])?;
+        system.wait(SOON, "a word on a bad configuration", |system| {
+            Ok(system.journal("-u", "eniup-watch.service")?.contains("going on with the configuration from before"))
+        })?;
+        system.write("/etc/eniup/config.d/50.toml", "rules = \"per-address\"\n")?;
+        system.run(&["systemctl", "reload", "eniup-watch"])?;
+        system.wait(SOON, "a rule for the address", |system| {
+            Ok(system.says(&["ip", "rule"])?.contains(&format!("from {SECOND} iif lo")))
+        })?;
+        system.wait(SOON, "the end of the reload", |system| Ok(system.of_watch("ActiveState")? == "active"))?;
+        ensure!(system.of_watch("MainPID")? == process, "it was started anew");
+
+        let configured = system.network()?;
+        system.run(&["systemctl", "stop", "eniup-watch"])?;
+        ensure!(system.of_watch("Result")? == "success" && system.of_watch("ActiveState")? == "inactive");
+        system.ensure_network(&configured)?;
+        ensure!(system.says(&["systemctl", "is-system-running"])?.trim() == "running");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_watch_that_hangs_or_is_killed_is_started_anew() {
+    vpc_lab::inside(|| {
+        let system = System::boot(Installed::Watched)?;
+        system.write("/etc/systemd/system/eniup-watch.service.d/watchdog.conf", "[Service]\nWatchdogSec=2\n")?;
+        system.run(&["systemctl", "daemon-reload"])?;
+        system.run(&["systemctl", "restart", "eniup-watch"])?;
+        let configured = system.network()?;
+        for signal in ["STOP", "KILL"] {
+            let before = system.of_watch("MainPID")?;
+            system.run(&["systemctl", "kill", &format!("--signal=SIG{signal}"), "eniup-watch"])?;
+            system.wait(Duration::from_secs(30), "another one", |system| {
+                let process = system.of_watch("MainPID")?;
+                Ok(process != before && process != "0" && system.of_watch("ActiveState")? == "active")
+            })?;
+        }
+        ensure!(system.of_watch("NRestarts")? == "2", "{}", system.of_watch("NRestarts")?);
+        ensure!(system.journal("-u", "eniup-watch.service")?.contains("Watchdog timeout"));
+        system.ensure_network(&configured)?;
+        Ok(())
+    });
+}
+
+/// networkd takes away all rules that it did not write, as it does without the drop-in.
+#[test]
+fn watch_puts_back_what_networkd_takes_away() {
+    vpc_lab::inside(|| {
+        let system = System::boot(Installed::Watched)?;
+        system.write("/etc/systemd/network/10-primary.network", "[Match]\nName=ens5\n[Network]\nDHCP=ipv4\n")?;
+        system.write("/etc/systemd/networkd.conf.d/50-eniup.conf", "")?;
+        let configured = system.network_of_ours()?;
+        for words in [
+            ["systemctl", "start", "systemd-networkd"],
+            ["systemctl", "restart", "systemd-networkd"],
+            ["networkctl", "reconfigure", "ens5"],
+        ] {
+            system.run(&words)?;
+            system.wait(SOON, "networkd", |system| system.is_configured("ens5"))?;
+            system.wait(SOON, "all of eniup's", |system| Ok(system.ensure_ours(&configured).is_ok()))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_watch_that_cannot_work_fails_once() {
+    vpc_lab::inside(|| {
+        let system = System::boot(Installed::Watched)?;
+        let configured = system.network()?;
+        for (what, status) in [("a bad configuration", "78"), ("a package that is half removed", "203")] {
+            match status {
+                "78" => system.write("/etc/eniup/config.toml", "tineout = 3\n")?,
+                _ => system.run(&["rm", "/usr/sbin/eniup"])?,
+            }
+            ensure!(system.run(&["systemctl", "restart", "eniup-watch"]).is_err(), "it starts with {what}");
+            ensure!(system.of_watch("ExecMainStatus")? == status, "{what}: {}", system.of_watch("ExecMainStatus")?);
+            ensure!(system.of_watch("ActiveState")? == "failed" && system.of_watch("NRestarts")? == "0", "{what}");
+        }
+        ensure!(system.journal("-u", "eniup-watch.service")?.contains("tineout"));
+        system.ensure_network(&configured)?;
+        Ok(())
     });
 }
 

@@ -19,10 +19,26 @@ pub const SECOND: &str = "10.0.1.20";
 /// The lab's machine is not EC2's.
 const LAB: &str = "[Unit]\nConditionPathExists=|/\n";
 
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Installed {
     No,
     Enabled,
     EnabledAndDeadMetadata,
+    /// eniup-watch instead of eniup.
+    Watched,
+    /// Somebody has enabled eniup as well.
+    WatchedAndEnabled,
+}
+
+impl Installed {
+    fn enabled(self) -> &'static [&'static str] {
+        match self {
+            Installed::No => &[],
+            Installed::Enabled | Installed::EnabledAndDeadMetadata => &["eniup.service"],
+            Installed::Watched => &["eniup-watch.service"],
+            Installed::WatchedAndEnabled => &["eniup.service", "eniup-watch.service"],
+        }
+    }
 }
 
 pub struct System {
@@ -49,7 +65,7 @@ impl System {
         let root = given("ENIUP_SYSTEM_ROOT")?;
         let layer = tempfile::tempdir()?;
         if !matches!(installed, Installed::No) {
-            unpack_enabled(layer.path())?;
+            unpack_enabled(layer.path(), installed)?;
         }
         let lowers = format!("{}:{}", layer.path().display(), root.display());
         let boot = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/system/boot");
@@ -69,10 +85,11 @@ impl System {
             })?;
             system.run(&["udevadm", "settle"])?;
         }
+        if !matches!(installed, Installed::No | Installed::EnabledAndDeadMetadata) {
+            system.wait(Duration::from_secs(15), "the second ENI", |system| system.answers(SECOND))?;
+        }
         if matches!(installed, Installed::Enabled) {
-            system.wait(Duration::from_secs(15), "the second ENI", |system| {
-                Ok(system.answers(SECOND)? && system.is_idle("hotplug")?)
-            })?;
+            system.wait(Duration::from_secs(15), "the end of runs", |system| system.is_idle("hotplug"))?;
         }
         Ok(system)
     }
@@ -203,6 +220,15 @@ impl System {
         Ok(())
     }
 
+    /// A property of `eniup-watch.service`.
+    pub fn of_watch(&self, property: &str) -> Result<String> {
+        Ok(self.says(&["systemctl", "show", "-P", property, "eniup-watch.service"])?.trim().into())
+    }
+
+    pub fn is_active(&self, unit: &str) -> Result<bool> {
+        Ok(self.says(&["systemctl", "is-active", unit])?.trim() == "active")
+    }
+
     pub fn is_configured(&self, link: &str) -> Result<bool> {
         Ok(self.says(&["networkctl", "status", "--no-pager", link])?.contains("(configured)"))
     }
@@ -296,11 +322,11 @@ fn given(variable: &str) -> Result<PathBuf> {
 }
 
 /// The package's files with the lab's, enabled: what an image has that was made with it.
-fn unpack_enabled(layer: &Path) -> Result<()> {
+fn unpack_enabled(layer: &Path, installed: Installed) -> Result<()> {
     let mut unpack = Command::new("dpkg-deb");
     unpack.arg("--extract").arg(given("ENIUP_SYSTEM_DEB")?).arg(layer);
     let mut enable = Command::new("systemctl");
-    enable.arg("--root").arg(layer).args(["enable", "eniup.service"]).stderr(Stdio::null());
+    enable.arg("--root").arg(layer).arg("enable").args(installed.enabled()).stderr(Stdio::null());
     for command in [&mut unpack, &mut enable] {
         let status = command.status().with_context(|| format!("starting {command:?}"))?;
         ensure!(status.success(), "{command:?}: {status}");
@@ -312,7 +338,15 @@ fn unpack_enabled(layer: &Path) -> Result<()> {
 fn lay_lab(root: &Path) -> Result<()> {
     let rules = include_str!("99-eniup-lab.rules");
     write(&root.join("etc/udev/rules.d/99-eniup-lab.rules"), rules)?;
-    for unit in ["eniup.service", "eniup-refresh.service", "eniup-refresh.timer", "eniup-hotplug.path"] {
+    let conditional = [
+        "eniup.service",
+        "eniup-hotplug.path",
+        "eniup-refresh.path",
+        "eniup-refresh.service",
+        "eniup-refresh.timer",
+        "eniup-watch.service",
+    ];
+    for unit in conditional {
         write(&root.join(format!("etc/systemd/system/{unit}.d/lab.conf")), LAB)?;
     }
     for name in ["hotplug", "refresh"] {

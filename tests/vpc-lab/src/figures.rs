@@ -15,7 +15,7 @@ use crate::vpc::{CreateEni, EniId};
 /// Runs of each; the table shows their median and spread.
 const RUNS: usize = 9;
 /// Addresses of every ENI.
-const ADDRESSES: u8 = 10;
+pub(crate) const ADDRESSES: u8 = 10;
 
 struct Cost {
     wall: Duration,
@@ -49,7 +49,7 @@ pub fn measure(eniup: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-fn instance(eniup: &std::path::Path, enis: usize) -> Result<Lab> {
+pub(crate) fn instance(eniup: &std::path::Path, enis: usize) -> Result<Lab> {
     let mut lab = Lab::new(eniup)?;
     let created: Vec<EniId> = (0..enis)
         .map(|n| {

@@ -28,6 +28,7 @@ pub mod shell;
 pub mod storm;
 pub mod table;
 pub mod trials;
+pub mod vigil;
 pub mod vpc;
 pub mod wire;
 

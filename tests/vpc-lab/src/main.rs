@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use vpc_lab::matrix::{self, How};
 use vpc_lab::trials::{self, Trial};
-use vpc_lab::{demo, figures, sandbox, shell, storm};
+use vpc_lab::{demo, figures, sandbox, shell, storm, vigil};
 
 /// A VPC in a box: EC2's networking in the namespaces of one process, to see and to judge eniup in.
 #[derive(Parser)]
@@ -69,7 +70,14 @@ enum Verb {
         jobs: u64,
     },
     /// Measure what `eniup reconcile` costs for 1, 4 and 15 ENIs with ten addresses each.
-    Figures,
+    Figures {
+        /// What `eniup watch` costs instead: while nothing happens, and how soon it repairs.
+        #[arg(long)]
+        watch: bool,
+        /// How long nothing happens.
+        #[arg(long, default_value_t = 10, requires = "watch")]
+        minutes: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -116,8 +124,11 @@ fn run() -> Result<ExitCode> {
         }
         Verb::NatBox { conversations, rounds } => show(&storm::nat_box(&eniup, conversations, rounds)?),
         Verb::Trial { trial, count, first, jobs } => trials::play(trial, &eniup, first..first + count, jobs)?,
-        Verb::Figures => {
-            figures::measure(&eniup)?;
+        Verb::Figures { watch, minutes } => {
+            match watch {
+                true => vigil::measure(&eniup, Duration::from_secs(minutes * 60))?,
+                false => figures::measure(&eniup)?,
+            }
             true
         }
     };
