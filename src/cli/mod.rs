@@ -1,0 +1,85 @@
+//! Arguments to command to exit code. What the commands do is elsewhere.
+
+mod arguments;
+mod commands;
+mod log;
+mod print;
+
+use std::io::{ErrorKind, Write};
+
+use anyhow::anyhow;
+use clap::{CommandFactory, Parser};
+
+use crate::config;
+use crate::imds;
+use crate::lock;
+use crate::metadata;
+use crate::reconcile::NotPermitted;
+use crate::report::Exit;
+use crate::snapshot::NoMetadata;
+use crate::trial::InTheWay;
+use crate::wait;
+use arguments::{BadUsage, Cli};
+
+/// The whole command line, for manual and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs the command of the process's arguments and gives its exit code.
+pub fn run() -> Exit {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let is_printed = error.print();
+            return match (error.use_stderr(), is_printed) {
+                (true, _) => Exit::Usage,
+                (false, Err(error)) if error.kind() != ErrorKind::BrokenPipe => Exit::Failed,
+                (false, _) => Exit::Ok,
+            };
+        }
+    };
+    log::start(&cli);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(commands::dispatch(&cli)),
+        Err(error) => Err(anyhow!(error).context("starting the runtime")),
+    };
+    result.unwrap_or_else(|error| {
+        // Nobody is left to tell when this cannot be printed; the exit code still says it.
+        let _ = writeln!(std::io::stderr(), "eniup: {error:#}");
+        exit_of(&error)
+    })
+}
+
+/// The exit code that an error stands for.
+fn exit_of(error: &anyhow::Error) -> Exit {
+    for cause in error.chain() {
+        if let Some(error) = cause.downcast_ref::<imds::Error>() {
+            return if matches!(error, imds::Error::BadEndpoint { .. }) {
+                Exit::Usage
+            } else {
+                Exit::MetadataUnavailable
+            };
+        }
+        if let Some(error) = cause.downcast_ref::<wait::Unready>() {
+            return error.exit();
+        }
+        if cause.is::<BadUsage>() {
+            return Exit::Usage;
+        }
+        if cause.is::<metadata::Unusable>() || cause.is::<NoMetadata>() {
+            return Exit::MetadataUnavailable;
+        }
+        if cause.is::<config::Problems>() {
+            return Exit::BadConfiguration;
+        }
+        if cause.is::<lock::Busy>() || cause.is::<InTheWay>() {
+            return Exit::Busy;
+        }
+        if cause.is::<NotPermitted>() {
+            return Exit::NotPermitted;
+        }
+    }
+    Exit::Failed
+}
