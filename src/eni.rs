@@ -141,7 +141,7 @@ impl fmt::Display for Dispute {
     }
 }
 
-/// Why an ENI is pending. All but `Invalid` are expected to pass with time.
+/// Why an ENI is pending. All but `NoTags` and `Invalid` are expected to pass with time.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Reason {
     /// A key that must be there is not: metadata is eventually consistent.
@@ -160,6 +160,8 @@ pub enum Reason {
     Unknown { key: String, why: String },
     /// The configuration tells ENIs apart by what metadata does not tell of this one.
     Undecided { by: String },
+    /// The configuration tells ENIs apart by the instance's tags, which metadata does not have.
+    NoTags { by: String },
     /// A value that is none; names the key, the value and what was expected.
     Invalid { key: String, why: String },
 }
@@ -176,7 +178,7 @@ impl Reason {
             | Reason::Unproven
             | Reason::Undecided { .. }
             | Reason::Unknown { .. } => true,
-            Reason::Invalid { .. } => false,
+            Reason::NoTags { .. } | Reason::Invalid { .. } => false,
         }
     }
 }
@@ -200,6 +202,11 @@ impl fmt::Display for Reason {
             Reason::Undecided { by } => {
                 write!(f, "metadata does not tell yet what decides whether {by} means it")
             }
+            Reason::NoTags { by } => write!(
+                f,
+                "metadata has no tags of the instance, so nobody can tell whether {by} means it; switch them on with \
+                 `aws ec2 modify-instance-metadata-options --instance-id i-… --instance-metadata-tags enabled`"
+            ),
             Reason::Unknown { key, why } => write!(f, "its `{key}` could not be read: {why}"),
             Reason::Invalid { key, why } => write!(f, "its `{key}` cannot be used: {why}"),
         }

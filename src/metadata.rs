@@ -46,6 +46,10 @@ pub const DETAIL_KEYS: [&str; 8] = [
 /// What selectors of the configuration may ask of an ENI besides.
 pub const SELECTOR_KEYS: [&str; 4] = ["security-group-ids", "security-groups", "subnet-id", "vpc-id"];
 
+/// The directory with one key for each tag of the instance. It is not there unless that was switched on (EC2 User Guide,
+/// "View tags for your EC2 instances using instance metadata").
+pub const INSTANCE_TAGS: &str = "tags/instance/";
+
 /// The directory below an ENI with one key for each public address, naming the private one behind it.
 pub const ASSOCIATIONS: &str = "ipv4-associations/";
 
@@ -120,6 +124,12 @@ impl Tree {
         self.answers.retain(|path, _| !path.starts_with(directory));
     }
 
+    /// Whether all that was asked for below a directory was there.
+    pub fn is_whole_below(&self, directory: &str) -> bool {
+        let mut below = self.answers.iter().filter(|(path, _)| path.starts_with(directory));
+        below.all(|(_, answer)| matches!(answer, Answer::Present(_)))
+    }
+
     /// Forgets what was read of ENIs that the list of interfaces does not name.
     pub fn forget_unlisted(&mut self) {
         let Some(Answer::Present(listing)) = self.answers.get(INTERFACES) else { return };
@@ -191,6 +201,7 @@ impl Tree {
         let mut tree = Tree::default();
         // A snapshot is all there is: what it does not have was not there.
         tree.insert(INTERFACES, Answer::Absent);
+        tree.insert(INSTANCE_TAGS, Answer::Absent);
         for (directory, names) in listings {
             tree.insert(directory, Answer::Present(Vec::from_iter(names).join("\n")));
         }
@@ -640,6 +651,21 @@ pub fn told(tree: &Tree, mac: MacAddr, key: &str) -> Option<BTreeSet<String>> {
         Answer::Present(body) => Some(lines(&body).map(String::from).collect()),
         Answer::Absent | Answer::Unknown(_) => None,
     }
+}
+
+/// The tags of the instance, each as `KEY=VALUE`; none where not all of them are known.
+pub fn instance_tags(tree: &Tree) -> Option<BTreeSet<String>> {
+    let Answer::Present(listing) = tree.get(INSTANCE_TAGS) else { return None };
+    let tag = |key| match tree.get(&format!("{INSTANCE_TAGS}{key}")) {
+        Answer::Present(value) => Some(format!("{key}={}", value.trim_end_matches(['\r', '\n']))),
+        Answer::Absent | Answer::Unknown(_) => None,
+    };
+    lines(&listing).map(tag).collect()
+}
+
+/// Whether metadata was asked for tags of the instance and has none.
+pub fn lacks_instance_tags(tree: &Tree) -> bool {
+    tree.get(INSTANCE_TAGS) == Answer::Absent
 }
 
 /// The details of one ENI, as far as they could be read.

@@ -110,7 +110,7 @@ impl Reading {
     /// Metadata does not answer, or says nothing that can be used.
     pub async fn take(imds: &mut Imds, config: &Config) -> Result<Reading> {
         let begun = since_boot()?;
-        let tree = imds.snapshot(scope(config)).await?;
+        let tree = imds.snapshot(Scope::of(config)).await?;
         Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun, ended: since_boot()? } })
     }
 
@@ -121,12 +121,13 @@ impl Reading {
     /// As for [`Reading::take`].
     pub async fn is_still_so(&self, imds: &mut Imds, config: &Config) -> Result<bool> {
         let enis = self.all.ready.keys().copied().collect();
-        Ok(self.all.unsettled().is_empty() && imds.glance(self.tree.clone(), &enis, scope(config)).await? == self.tree)
+        Ok(self.all.unsettled().is_empty()
+            && imds.glance(self.tree.clone(), &enis, Scope::of(config)).await? == self.tree)
     }
 
     /// With what was not settled in it read anew. That does not make the rest younger.
     async fn again(self, imds: &mut Imds, attached: &Attached, config: &Config) -> Result<Reading> {
-        let tree = imds.ask_again(self.tree, &attached.unsettled(), scope(config)).await?;
+        let tree = imds.ask_again(self.tree, &attached.unsettled(), Scope::of(config)).await?;
         let taken = Taken { ended: since_boot()?, ..self.taken };
         Ok(Reading { all: metadata::attached(&tree)?, tree, taken })
     }
@@ -214,11 +215,6 @@ pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Op
     ledger::mend(&options.directory);
     make_way(netlink, options).await?;
     Ok(settle(netlink, reading, options, None).await?.0)
-}
-
-/// How much of metadata is needed.
-pub fn scope(config: &Config) -> Scope {
-    if config.needs_details() { Scope::Selection } else { Scope::Routing }
 }
 
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
@@ -506,7 +502,7 @@ fn unlisted_troubles(attached: &Attached, observed: &Observed, config: &Config) 
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
     let observed = observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
-    let tree = imds.snapshot(scope(config)).await?;
+    let tree = imds.snapshot(Scope::of(config)).await?;
     let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::Config;
 use crate::config::choices::Choices;
-use crate::config::selector::{Attribute, Facts};
+use crate::config::selector::{Attribute, Facts, Selector};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
-use crate::metadata::{Tree, told};
+use crate::metadata::{self, Tree, told};
 use crate::net::{Link, MacAddr, Observed};
 use crate::policy;
 
@@ -21,9 +21,13 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Co
                 selected.ready.remove(mac);
                 selected.ignored.insert(*mac, Ignored { by, eni: Known::Ready(eni.clone()) });
             }
-            Verdict::Undecided { by } => {
+            Verdict::Undecided { by, by_tags } => {
+                let reason = match by_tags && metadata::lacks_instance_tags(tree) {
+                    true => Reason::NoTags { by },
+                    false => Reason::Undecided { by },
+                };
                 selected.ready.remove(mac);
-                selected.pending.insert(*mac, Pending::of(eni.clone(), Reason::Undecided { by }));
+                selected.pending.insert(*mac, Pending::of(eni.clone(), reason));
                 selected.undecided.insert(*mac);
             }
         }
@@ -65,8 +69,14 @@ pub fn unlisted_links<'a>(attached: &Attached, observed: &'a Observed, config: &
 /// What is to become of an ENI, and which line of the configuration says so.
 enum Verdict {
     Managed,
-    Ignored { by: String },
-    Undecided { by: String },
+    Ignored {
+        by: String,
+    },
+    /// `by_tags`: also by those of the instance.
+    Undecided {
+        by: String,
+        by_tags: bool,
+    },
 }
 
 fn verdict(facts: &Facts, config: &Config) -> Verdict {
@@ -79,15 +89,20 @@ fn verdict(facts: &Facts, config: &Config) -> Verdict {
         return Verdict::Ignored { by: format!("no [[manage]] means it (the first is at {})", first.origin) };
     }
     if let Some(selector) = ignore.iter().find(|selector| selector.selects(facts).is_none()) {
-        return Verdict::Undecided { by: format!("[[ignore]] at {}", selector.origin) };
+        return undecided("[[ignore]]", selector);
     }
     if let (None, Some(selector)) = (is_managed(Some(true)), is_managed(None)) {
-        return Verdict::Undecided { by: format!("[[manage]] at {}", selector.origin) };
+        return undecided("[[manage]]", selector);
     }
     match config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
-        Some((selector, _)) => Verdict::Undecided { by: format!("[[eni]] at {}", selector.origin) },
+        Some((selector, _)) => undecided("[[eni]]", selector),
         None => Verdict::Managed,
     }
+}
+
+fn undecided(entry: &str, selector: &Selector) -> Verdict {
+    let by_tags = selector.wanted.contains_key(&Attribute::InstanceTag);
+    Verdict::Undecided { by: format!("{entry} at {}", selector.origin), by_tags }
 }
 
 /// What all entries that mean this ENI choose for it.
@@ -109,6 +124,7 @@ fn facts(mac: MacAddr, id: Option<&String>, eni: Option<&Eni>, tree: &Tree, obse
     tell(Attribute::SubnetId, told(tree, mac, "subnet-id"));
     tell(Attribute::VpcId, told(tree, mac, "vpc-id"));
     let groups = told(tree, mac, "security-groups").zip(told(tree, mac, "security-group-ids"));
+    tell(Attribute::InstanceTag, metadata::instance_tags(tree));
     tell(Attribute::SecurityGroup, groups.map(|(names, ids)| names.into_iter().chain(ids).collect()));
     facts
 }

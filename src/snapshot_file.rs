@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, anyhow, ensure};
 use tokio::time::Instant;
 
-use crate::config::File;
+use crate::config::{Config, File};
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::ledger;
 use crate::machine_files;
@@ -29,11 +29,12 @@ const LARGEST: u64 = 64 << 20;
 pub async fn take(
     endpoint: Option<&str>,
     deadline: Instant,
+    config: &Config,
     configuration: &[File],
     directory: &Path,
 ) -> Result<(Snapshot, Option<imds::Error>)> {
     let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    let tree = read_tree(endpoint, deadline, &observed).await;
+    let tree = read_tree(endpoint, deadline, config, &observed).await;
     let uptime = fs::read_to_string("/proc/uptime").ok();
     let snapshot = Snapshot::new(Taken {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().into()),
@@ -49,9 +50,14 @@ pub async fn take(
     Ok((snapshot, tree.err()))
 }
 
-async fn read_tree(endpoint: Option<&str>, deadline: Instant, observed: &Observed) -> Result<Tree, imds::Error> {
+async fn read_tree(
+    endpoint: Option<&str>,
+    deadline: Instant,
+    config: &Config,
+    observed: &Observed,
+) -> Result<Tree, imds::Error> {
     let mut imds = Imds::connect(endpoint, &Surroundings::of(observed), deadline).await?;
-    imds.snapshot(Scope::Details).await
+    imds.snapshot(Scope::details(config)).await
 }
 
 /// Whole or not at all, and for its owner's eyes: it says much of a machine.

@@ -158,8 +158,8 @@ impl<'a> Metadata<'a> {
     fn new(target: &Target, endpoint: Option<&'a str>, deadline: Instant, config: &Config) -> Metadata<'a> {
         let (scope, pause) = match target {
             // Public addresses are among the details.
-            Target::Address(_) => (Scope::Details, PAUSE_FOR_ADDRESS),
-            Target::Eni(_) => (reconcile::scope(config), FIRST_PAUSE),
+            Target::Address(_) => (Scope::details(config), PAUSE_FOR_ADDRESS),
+            Target::Eni(_) => (Scope::of(config), FIRST_PAUSE),
         };
         Metadata { endpoint, deadline, scope, tree: None, imds: None, asking: None, pause, failure: None }
     }

@@ -122,6 +122,10 @@ fn a_selector_means_the_enis_that_have_all_of_its_attributes() {
     assert_eq!(selects("device_number = [2, 3]", Attribute::DeviceNumber, Some(&["3"])), Some(true));
     assert_eq!(selects("subnet_id = 'subnet-0a'", Attribute::SubnetId, None), None);
     assert_eq!(selects("security_group = 'eks *'", Attribute::SecurityGroup, Some(&["eks nodes", "sg-1"])), Some(true));
+    let tag = Attribute::InstanceTag;
+    assert_eq!(selects("instance_tag = 'role=node-*'", tag, Some(&["Name=a", "role=node-7"])), Some(true));
+    assert_eq!(selects("instance_tag = 'role=node-*'", tag, Some(&["Role=node-7"])), Some(false));
+    assert_eq!(selects("instance_tag = 'role=*'", tag, None), None, "tags are off");
     let both = "mac = '02:00:00:00:00:0a'\nvpc_id = 'vpc-*'";
     assert_eq!(selects(both, mac, Some(&["02:00:00:00:00:0a"])), None, "the VPC is not known");
     assert_eq!(selects(both, mac, Some(&["02:00:00:00:00:0b"])), Some(false), "whatever the VPC is");
@@ -137,6 +141,7 @@ fn a_selector_that_can_mean_no_eni_is_a_mistake() {
         ("[[ignore]]\nlink = 'ens[5'\n", 2, "is no pattern"),
         ("[[ignore]]\ndevice_number = '1'\n", 2, "a whole number"),
         ("[[manage]]\nlink = []\n", 2, "an empty list"),
+        ("[[ignore]]\ninstance_tag = 'role'\n", 2, "is no tag with a value"),
         ("[[manage]]\nsubnet = 'subnet-0a'\n", 2, "unknown key `subnet`"),
     ] {
         let told = mistakes(text);
@@ -435,6 +440,8 @@ fn an_ignored_eni_stays_as_it_is_through_everything() {
             "[[manage]]\nlink = ['eth01', 'eth02']",
             "[[manage]]\nvpc_id = 'vpc-*'\n[[ignore]]\nsubnet_id = 'subnet-0c'",
             "[[ignore]]\nsecurity_group = 'kube*'",
+            "[[ignore]]\ninstance_tag = 'role=node-*'\nlink = 'eth03'",
+            "[[manage]]\ninstance_tag = 'role=node-*'\ndevice_number = [0, 1]",
         ] {
             with_scenario("three-enis-of-which-two-share", |machine| {
                 machine.publish(with_groups(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?);
@@ -484,6 +491,7 @@ fn with_groups(metadata: &Path) -> Result<BTreeMap<String, String>> {
         leaves.insert(format!("{eni}/security-groups"), group.into());
         leaves.insert(format!("{eni}/security-group-ids"), format!("sg-{mac}"));
     }
+    leaves.insert("tags/instance/role".into(), "node-7".into());
     Ok(leaves)
 }
 

@@ -14,7 +14,7 @@ use eniup::metadata::{self, Answer, Tree};
 use eniup::netlink::Netlink;
 use lab::{Lab, all_links, block_on, dual_stack_eni, eni, ip, mac, metadata_listeners, plug, rule, watching};
 use vpc_lab::imds::{Action, Faults, Method, Occurrences};
-use vpc_lab::metadata::EniView;
+use vpc_lab::metadata::{EniView, Published};
 
 const TOKEN: &str = "/latest/api/token";
 
@@ -79,13 +79,56 @@ fn details_are_read_only_where_they_are_wanted() -> Result<()> {
     let association = ("198.51.100.7".parse()?, "10.0.1.10".parse()?);
     let lab = Lab::new(vec![eni(0), EniView { associations: vec![association], ..eni(1) }]);
     let read = |scope| block_on(async { lab.connect(10.0).await?.snapshot(scope).await });
-    let details = metadata::details(&read(Scope::Details)?, mac(1));
+    let details = metadata::details(&read(Scope::Details { has_tags: false })?, mac(1));
     ensure!(details.associations.into_iter().eq([association]));
     ensure!(details.security_groups == ["with a space"]);
     lab.service.reset_counters();
     read(Scope::Routing)?;
     ensure!(lab.service.requests().gets_by_path.keys().all(|path| !path.contains("security")));
     Ok(())
+}
+
+#[test]
+fn tags_of_the_instance_are_read_only_where_they_are_wanted() -> Result<()> {
+    let lab = Lab::new(vec![eni(0), eni(1)]);
+    let read = |scope| block_on(async { lab.connect(10.0).await?.snapshot(scope).await });
+    let with_tags = Scope::Selection { has_tags: true };
+    ensure!(metadata::lacks_instance_tags(&read(with_tags)?), "they are off");
+    let tags = [("Name", "db 1"), ("a:b=c+d@e", "x=y"), ("empty", "")];
+    let mut leaves = vpc_lab::metadata::render(&lab.view);
+    leaves.extend(tags.map(|(key, value)| (format!("tags/instance/{key}"), value.to_string())));
+    *lab.tree.lock().unwrap() = Published::raw(leaves, Default::default());
+    let tree = read(with_tags)?;
+    let expected = ["Name=db 1", "a:b=c+d@e=x=y", "empty="].map(String::from);
+    ensure!(metadata::instance_tags(&tree) == Some(expected.into()), "{:?}", metadata::instance_tags(&tree));
+    lab.service.reset_counters();
+    for scope in [Scope::Routing, Scope::Selection { has_tags: false }, Scope::Details { has_tags: false }] {
+        read(scope)?;
+    }
+    ensure!(lab.service.requests().gets_by_path.keys().all(|path| !path.contains("tags")));
+    Ok(())
+}
+
+#[test]
+fn a_tag_that_could_not_be_read_is_read_again_and_the_others_are_not_until_then() -> Result<()> {
+    let lab = Lab::new(vec![eni(0)]);
+    let mut leaves = vpc_lab::metadata::render(&lab.view);
+    leaves.insert("tags/instance/role".into(), "node".into());
+    *lab.tree.lock().unwrap() = Published::raw(leaves, Default::default());
+    lab.fault(vec![rule("tags/instance/role", Occurrences::FirstN(9), Action::Status(500))]);
+    let scope = Scope::Selection { has_tags: true };
+    block_on(async {
+        let mut imds = lab.connect(20.0).await?;
+        let mut tree = imds.snapshot(scope).await?;
+        ensure!(metadata::instance_tags(&tree).is_none() && !metadata::lacks_instance_tags(&tree));
+        while metadata::instance_tags(&tree).is_none() {
+            tree = imds.ask_again(tree, &Default::default(), scope).await?;
+        }
+        lab.service.reset_counters();
+        imds.ask_again(tree, &Default::default(), scope).await?;
+        ensure!(lab.service.requests().gets_by_path.keys().all(|path| !path.contains("tags")));
+        Ok(())
+    })
 }
 
 #[test]

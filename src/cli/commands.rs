@@ -179,7 +179,7 @@ impl Ground<'_> {
         let deadline = timeout.deadline(config);
         let observed = reconcile::observe(config).await?;
         let mut imds = Imds::connect(self.endpoint, &Surroundings::of(&observed), deadline).await?;
-        let tree = imds.snapshot(Scope::Details).await?;
+        let tree = imds.snapshot(Scope::details(config)).await?;
         Ok((observed, tree))
     }
 
@@ -188,14 +188,18 @@ impl Ground<'_> {
         let deadline = timeout.soon(config);
         let snapshot = match self.saved {
             Some(saved) => saved,
-            None => snapshot_file::take(self.endpoint, deadline, &self.files, &lock::runtime_directory()).await?.0,
+            None => {
+                let directory = lock::runtime_directory();
+                snapshot_file::take(self.endpoint, deadline, config, &self.files, &directory).await?.0
+            }
         };
         print::diagnosis(&doctor::examine(&snapshot, config), is_json)
     }
 
     async fn snapshot(self, output: Option<&Path>, is_redacted: bool, timeout: &Timeout) -> Result<Exit> {
-        let (deadline, directory) = (timeout.deadline(&self.settings.config), lock::runtime_directory());
-        let (snapshot, failure) = snapshot_file::take(self.endpoint, deadline, &self.files, &directory).await?;
+        let config = &self.settings.config;
+        let (deadline, directory) = (timeout.deadline(config), lock::runtime_directory());
+        let (snapshot, failure) = snapshot_file::take(self.endpoint, deadline, config, &self.files, &directory).await?;
         print::snapshot(if is_redacted { snapshot.redacted()? } else { snapshot }, output)?;
         self.problems.map_or(Ok(()), |problems| Err(anyhow!(problems)))?;
         failure.map_or(Ok(Exit::Ok), |error| Err(error.into()))

@@ -17,7 +17,7 @@ use crate::policy;
 use choices::Choices;
 pub use problem::{Place, Problem, Problems};
 pub use reading::read;
-use selector::Selector;
+use selector::{Attribute, Selector};
 
 /// The numbers by which eniup marks and orders what it puts into the kernel, and what else can be chosen.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -57,9 +57,19 @@ pub enum Rules {
 impl Config {
     /// Whether ENIs are told apart by what routing does not need to know of them.
     pub fn needs_details(&self) -> bool {
+        self.attributes().any(|attribute| attribute.is_detail())
+    }
+
+    /// Whether ENIs are told apart by the tags of the instance.
+    pub fn needs_tags(&self) -> bool {
+        self.attributes().any(|attribute| attribute == Attribute::InstanceTag)
+    }
+
+    /// What ENIs are told apart by, in any entry.
+    fn attributes(&self) -> impl Iterator<Item = Attribute> {
         let of_enis = self.enis.iter().map(|(selector, _)| selector);
         let selectors = self.manage.iter().chain(&self.ignore).chain(of_enis);
-        selectors.flat_map(|selector| selector.wanted.keys()).any(|attribute| attribute.is_detail())
+        selectors.flat_map(|selector| selector.wanted.keys()).copied()
     }
 }
 

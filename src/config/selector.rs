@@ -22,10 +22,12 @@ pub enum Attribute {
     VpcId,
     /// Name or id.
     SecurityGroup,
+    /// `KEY=VALUE`: of the instance, since metadata has none of ENIs.
+    InstanceTag,
 }
 
 impl Attribute {
-    pub const ALL: [Attribute; 8] = [
+    pub const ALL: [Attribute; 9] = [
         Attribute::Mac,
         Attribute::Id,
         Attribute::Link,
@@ -34,6 +36,7 @@ impl Attribute {
         Attribute::SubnetId,
         Attribute::VpcId,
         Attribute::SecurityGroup,
+        Attribute::InstanceTag,
     ];
 
     pub fn key(self) -> &'static str {
@@ -46,6 +49,7 @@ impl Attribute {
             Attribute::SubnetId => "subnet_id",
             Attribute::VpcId => "vpc_id",
             Attribute::SecurityGroup => "security_group",
+            Attribute::InstanceTag => "instance_tag",
         }
     }
 
@@ -64,7 +68,8 @@ impl Attribute {
             | Attribute::Link
             | Attribute::NetworkCard
             | Attribute::DeviceNumber
-            | Attribute::SecurityGroup => None,
+            | Attribute::SecurityGroup
+            | Attribute::InstanceTag => None,
         }
     }
 }
@@ -111,6 +116,10 @@ fn pattern(attribute: Attribute, value: &DeValue) -> Result<Pattern, Wrong> {
     let text = text(value)?;
     let is_literal = !text.contains(['*', '?', '[']);
     match attribute {
+        Attribute::InstanceTag if !text.contains('=') => {
+            let wrong = Wrong::new(format!("\"{text}\" is no tag with a value"));
+            return Err(wrong.hint("write it as \"KEY=VALUE\", or as \"KEY=*\" for any value"));
+        }
         Attribute::Mac if is_literal => {
             return text.parse::<MacAddr>().map(|mac| literal(&mac.to_string())).map_err(Wrong::new);
         }

@@ -21,8 +21,9 @@ use tokio::time::{Instant, sleep_until};
 use self::http::Attempt;
 use self::pace::Pace;
 use self::way::{Failures, Way};
+use crate::config::Config;
 use crate::metadata::{
-    ASSOCIATIONS, Answer, DETAIL_KEYS, Fault, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, SELECTOR_KEYS, Tree,
+    ASSOCIATIONS, Answer, DETAIL_KEYS, Fault, INSTANCE_TAGS, INTERFACES, PRIMARY_MAC, ROUTING_KEYS, SELECTOR_KEYS, Tree,
 };
 use crate::metadata::{eni_directory, lines, listed_macs};
 use crate::net::MacAddr;
@@ -136,9 +137,32 @@ pub enum Scope {
     /// What routing needs.
     Routing,
     /// What the configuration tells ENIs apart by besides.
-    Selection,
+    Selection { has_tags: bool },
     /// What `status` shows besides.
-    Details,
+    Details { has_tags: bool },
+}
+
+impl Scope {
+    /// What a run needs with this configuration.
+    pub fn of(config: &Config) -> Scope {
+        match config.needs_details() || config.needs_tags() {
+            true => Scope::Selection { has_tags: config.needs_tags() },
+            false => Scope::Routing,
+        }
+    }
+
+    /// What people want to see with this configuration.
+    pub fn details(config: &Config) -> Scope {
+        Scope::Details { has_tags: config.needs_tags() }
+    }
+
+    /// Whether the instance's tags belong to it.
+    fn has_tags(self) -> bool {
+        match self {
+            Scope::Routing => false,
+            Scope::Selection { has_tags } | Scope::Details { has_tags } => has_tags,
+        }
+    }
 }
 
 /// A session with the service: one token, few connections.
@@ -219,6 +243,9 @@ impl Imds {
         let mut reading = Reading::new(Tree::default(), scope, self.certain_keys);
         reading.ask(PRIMARY_MAC.into());
         reading.ask(INTERFACES.into());
+        if scope.has_tags() {
+            reading.ask(INSTANCE_TAGS.into());
+        }
         for mac in &self.expected {
             reading.ask_for_eni(*mac);
         }
@@ -235,8 +262,14 @@ impl Imds {
         for mac in enis {
             tree.forget_below(&eni_directory(*mac));
         }
+        if !tree.is_whole_below(INSTANCE_TAGS) {
+            tree.forget_below(INSTANCE_TAGS);
+        }
         let mut reading = Reading::new(tree, scope, self.certain_keys);
         reading.ask(INTERFACES.into());
+        if scope.has_tags() {
+            reading.ask(INSTANCE_TAGS.into());
+        }
         for mac in enis {
             reading.ask_for_eni(*mac);
         }
@@ -381,7 +414,7 @@ impl Reading {
             Answer::Present(listing) if path == INTERFACES => {
                 let (macs, _) = listed_macs(listing);
                 let is_listed = |path: &String| macs.iter().any(|mac| path.starts_with(&eni_directory(*mac)));
-                self.waiting.retain(|path| is_essential(path) || is_listed(path));
+                self.waiting.retain(|path| !path.starts_with(INTERFACES) || is_essential(path) || is_listed(path));
                 macs.into_iter().for_each(|mac| self.ask_for_eni(mac));
             }
             Answer::Present(listing) if path.ends_with('/') => {
@@ -397,10 +430,10 @@ impl Reading {
         let is_detail = || DETAIL_KEYS.contains(&name) || name == ASSOCIATIONS || directory.ends_with(ASSOCIATIONS);
         let is_of_scope = match self.scope {
             Scope::Routing => false,
-            Scope::Selection => SELECTOR_KEYS.contains(&name),
-            Scope::Details => is_detail(),
+            Scope::Selection { .. } => SELECTOR_KEYS.contains(&name),
+            Scope::Details { .. } => is_detail(),
         };
-        ROUTING_KEYS.contains(&name) || is_of_scope
+        directory == INSTANCE_TAGS || ROUTING_KEYS.contains(&name) || is_of_scope
     }
 }
 
