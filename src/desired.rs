@@ -155,7 +155,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         if is_first_of_missing_family(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
-        if choices.main_routes == Some(MainRoutes::Connected) {
+        if !choices.is_isolated() && choices.main_routes == Some(MainRoutes::Connected) {
             routes.extend(connected_routes(eni, family, config));
         }
         rules.extend(source_rules(attached, mac, eni, family, config));
@@ -251,6 +251,7 @@ fn chosen_routes(eni: &Eni, family: Family, table: u32, choices: &Choices, confi
             wanted(route, format!("configured for {}", eni.id))
         };
         match chosen.tables {
+            _ if choices.is_isolated() => routes.push(in_table(table, policy::metric(family))),
             Tables::Eni => routes.push(in_table(table, policy::metric(family))),
             Tables::Main => routes.push(in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)),
             Tables::Both => routes
@@ -271,11 +272,17 @@ fn main_default(eni: &Eni, family: Family, config: &Config) -> Option<Wanted<Rou
     Some(wanted(route, format!("the primary ENI has no {family}, and {} is the first that has", eni.id)))
 }
 
-/// Whether this ENI is the first (by card, then device) with a family that the primary ENI is known not to have.
+/// Whether this ENI is the first (by card, then device) with a family that the primary ENI is known not to have. One that is
+/// isolated does not count.
 fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family) -> bool {
     let is_missing = attached.primary_eni().is_some_and(|primary| primary.addresses(family).is_empty());
-    let with_family = attached.ready.iter().filter(|(_, eni)| eni.has_family(family));
+    let with_family =
+        attached.ready.iter().filter(|(mac, eni)| eni.has_family(family) && !is_isolated(attached, **mac));
     is_missing && with_family.min_by_key(|(_, eni)| eni.slot).is_some_and(|(first, _)| *first == mac)
+}
+
+fn is_isolated(attached: &Attached, mac: MacAddr) -> bool {
+    attached.choices.get(&mac).is_some_and(Choices::is_isolated)
 }
 
 fn source_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Rule>> {
@@ -325,7 +332,8 @@ fn sources_of_rules(
         if inside.is_empty() {
             continue;
         }
-        if rules == Rules::PerAddress {
+        // The rest of an isolated ENI's subnet may be somebody else's, who has the same one.
+        if rules == Rules::PerAddress || is_isolated(attached, mac) {
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
@@ -377,11 +385,12 @@ fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
     if are_all_known { Others::Known(sources) } else { Others::NotAllKnown { known: sources, subnets } }
 }
 
-/// The subnets of all ENIs but the primary, as far as known.
+/// The subnets of all ENIs but the primary and isolated ones, as far as known. The subnet of an isolated one means others
+/// to everybody else.
 fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
-    let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
+    let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary && !is_isolated(attached, **mac));
     let ready = ready.filter(|(_, eni)| eni.has_family(family)).flat_map(|(_, eni)| eni.subnets(family));
-    let pending = attached.pending.iter().filter(|(mac, _)| **mac != attached.primary);
+    let pending = attached.pending.iter().filter(|(mac, _)| **mac != attached.primary && !is_isolated(attached, **mac));
     let pending = pending.flat_map(|(_, pending)| of_family(&pending.subnets, family));
     let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
     let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));

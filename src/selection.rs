@@ -33,8 +33,9 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Co
         }
     }
     for (mac, pending) in &attached.pending {
-        match verdict(&facts(*mac, pending.id.as_ref(), None, tree, observed), config) {
-            Verdict::Managed => {}
+        let facts = facts(*mac, pending.id.as_ref(), None, tree, observed);
+        match verdict(&facts, config) {
+            Verdict::Managed => _ = selected.choices.insert(*mac, choices(&facts, config)),
             Verdict::Ignored { by } => {
                 selected.pending.remove(mac);
                 selected.ignored.insert(*mac, Ignored { by, eni: Known::Pending(pending.clone()) });
@@ -93,6 +94,14 @@ fn verdict(facts: &Facts, config: &Config) -> Verdict {
     }
     if let (None, Some(selector)) = (is_managed(Some(true)), is_managed(None)) {
         return undecided("[[manage]]", selector);
+    }
+    // The last that says so counts, whatever it means besides.
+    let mut unmanaged = config.enis.iter().rev().filter(|(_, choices)| choices.unmanaged.is_some());
+    if let Some((selector, choices)) = unmanaged.find(|(selector, _)| selector.selects(facts) != Some(false))
+        && selector.selects(facts) == Some(true)
+        && choices.unmanaged == Some(true)
+    {
+        return Verdict::Ignored { by: format!("[[eni]] at {} (unmanaged)", selector.origin) };
     }
     match config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
         Some((selector, _)) => undecided("[[eni]]", selector),

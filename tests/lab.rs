@@ -237,3 +237,54 @@ fn a_detached_eni_leaves_nothing_and_its_move_needs_one_run_on_either_side() {
         Ok(())
     });
 }
+
+/// A VPC with the same CIDRs as another one, with a subnet and a client in it.
+fn vpc_with_a_client(lab: &mut Lab, subnet: &str, client: &str, address: &str) -> Result<String> {
+    let subnet = lab.fabric.world(|world| {
+        let vpc = world.create_vpc(&["10.0.0.0/16".parse()?]);
+        world.create_subnet(&vpc, Some(subnet.parse()?), &[])
+    })?;
+    let eni = eni_in(lab, &subnet, address)?;
+    lab.run_instance(client, &[eni], "t3.micro", Distribution::Primary)?;
+    Ok(subnet)
+}
+
+fn eni_in(lab: &mut Lab, subnet: &str, address: &str) -> Result<EniId> {
+    let create = CreateEni { subnet: subnet.into(), ipv4s: vec![address.parse()?], ..CreateEni::default() };
+    lab.create_network_interface(create)
+}
+
+#[test]
+fn an_isolated_eni_of_another_vpc_with_the_same_addresses_works_beside_the_primary() {
+    vpc_lab::inside(|| {
+        let mut lab = Lab::new(ENIUP)?;
+        let ours = vpc_with_a_client(&mut lab, "10.0.0.0/24", "neighbour", "10.0.0.30")?;
+        let theirs = vpc_with_a_client(&mut lab, "10.0.0.0/24", "stranger", "10.0.0.40")?;
+        let enis = [eni_in(&mut lab, &ours, "10.0.0.10")?, eni_in(&mut lab, &theirs, "10.0.0.20")?];
+        lab.run_instance("web", &enis, "m7i.large", Distribution::Primary)?;
+        let config = tempfile::NamedTempFile::new()?;
+        std::fs::write(config.path(), "[[eni]]\ndevice_number = 1\nisolate = true\n")?;
+        let path = config.path().to_str().context("its path")?;
+        let run = lab.eniup("web", &["reconcile", "--config", path])?;
+        ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let link = Bound::Device("ens6".into());
+        for (from, bound, to) in [
+            ("neighbour", Bound::Nothing, "10.0.0.10"),
+            ("stranger", Bound::Nothing, "10.0.0.20"),
+            ("web", Bound::Nothing, "10.0.0.30"),
+            ("web", Bound::Address("10.0.0.10".parse()?), "10.0.0.30"),
+            ("web", Bound::Address("10.0.0.20".parse()?), "10.0.0.40"),
+            ("web", link, "10.0.0.40"),
+        ] {
+            let to: IpAddr = to.parse()?;
+            let probe = |kind| Probe { from: from.into(), bound: bound.clone(), to, kind };
+            let outcomes = lab.probe(&Kind::ALL.map(probe), PATIENCE)?;
+            ensure!(
+                outcomes.iter().all(|outcome| outcome.is_answer_of(to)),
+                "{from} to {to} ({bound:?}): {outcomes:?}"
+            );
+        }
+        ensure!(lab.fabric.source_drops() == 0, "{:?}", lab.fabric.last_drops());
+        Ok(())
+    });
+}

@@ -9,7 +9,7 @@ use toml::de::DeValue;
 use super::Rules;
 use super::reading::RULES;
 use super::show::quoted;
-use super::table::{Table, Wrong, number, text, word};
+use super::table::{Table, Wrong, number, text, truth, word};
 
 /// What is chosen for an ENI; none is as by default, or as for the whole machine.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -19,6 +19,10 @@ pub struct Choices {
     pub main_routes: Option<MainRoutes>,
     pub rules: Option<Rules>,
     pub routes: Vec<ExtraRoute>,
+    /// Left alone, like an ignored one.
+    pub unmanaged: Option<bool>,
+    /// Kept apart from all that is not bound to it: it belongs to another VPC, where the same addresses mean others.
+    pub isolate: Option<bool>,
 }
 
 /// Which of the ENI's routes `main` has, and with it traffic that is bound to no address.
@@ -50,33 +54,54 @@ const TABLES: [(&str, Tables); 3] = [("eni", Tables::Eni), ("main", Tables::Main
 impl Choices {
     /// What a later entry chooses wins; routes add up, but for those to the same destination.
     pub fn and_then(self, later: &Choices) -> Choices {
-        let Choices { mtu, main_routes, rules, routes } = later.clone();
+        let Choices { mtu, main_routes, rules, routes, unmanaged, isolate } = later.clone();
         let earlier = self.routes.into_iter().filter(|route| routes.iter().all(|later| later.to != route.to));
         Choices {
             mtu: mtu.or(self.mtu),
             main_routes: main_routes.or(self.main_routes),
             rules: rules.or(self.rules),
             routes: earlier.chain(routes.iter().copied()).collect(),
+            unmanaged: unmanaged.or(self.unmanaged),
+            isolate: isolate.or(self.isolate),
         }
     }
 
-    pub fn read(table: &mut Table) -> Choices {
+    pub fn read(table: &mut Table, span: &Range<usize>) -> Choices {
         let mut routes = Vec::new();
         let mtu = table.value("mtu", |value| number(value, 1280..=9216));
         let main_routes = table.value("main_routes", |value| word(value, &MAIN_ROUTES));
         let rules = table.value("rules", |value| word(value, &RULES));
         table.tables("routes", |table, span| routes.extend(route(table, span)));
-        Choices {
+        let unmanaged = table.value("unmanaged", truth);
+        let isolate = table.value("isolate", truth);
+        let choices = Choices {
             mtu: mtu.map(|mtu| mtu.value),
             main_routes: main_routes.map(|main_routes| main_routes.value),
             rules: rules.map(|rules| rules.value),
             routes,
+            unmanaged: unmanaged.map(|unmanaged| unmanaged.value),
+            isolate: isolate.map(|isolate| isolate.value),
+        };
+        if choices.isolate == Some(true) && choices.wants_main() {
+            let hint = "take out main_routes, and table = \"main\" or \"both\" of its routes; or do not isolate it";
+            table.wrong(span, "an isolated ENI has no routes in main", hint);
         }
+        choices
+    }
+
+    /// Whether any of it goes to `main`.
+    fn wants_main(&self) -> bool {
+        let is_in_main = |route: &ExtraRoute| route.tables != Tables::Eni;
+        self.main_routes == Some(MainRoutes::Connected) || self.routes.iter().any(is_in_main)
+    }
+
+    pub fn is_isolated(&self) -> bool {
+        self.isolate == Some(true)
     }
 
     /// Each as TOML has it.
     pub fn values(&self) -> Vec<(&'static str, String)> {
-        let Choices { mtu, main_routes, rules, routes } = self;
+        let Choices { mtu, main_routes, rules, routes, unmanaged, isolate } = self;
         let mut values = Vec::new();
         values.extend(mtu.map(|mtu| ("mtu", mtu.to_string())));
         values.extend(main_routes.map(|main_routes| ("main_routes", name(main_routes, &MAIN_ROUTES))));
@@ -85,6 +110,8 @@ impl Choices {
             let routes: Vec<String> = routes.iter().map(show).collect();
             values.push(("routes", format!("[{}]", routes.join(", "))));
         }
+        values.extend(unmanaged.map(|unmanaged| ("unmanaged", unmanaged.to_string())));
+        values.extend(isolate.map(|isolate| ("isolate", isolate.to_string())));
         values
     }
 }

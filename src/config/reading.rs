@@ -87,7 +87,7 @@ impl<'a> Reading<'a> {
         table.tables("manage", |table, span| self.config.manage.extend(selector(source, table, span)));
         table.tables("ignore", |table, span| self.config.ignore.extend(selector(source, table, span)));
         table.tables("eni", |table, span| {
-            let choices = Choices::read(table);
+            let choices = Choices::read(table, span);
             self.config.enis.extend(selector(source, table, span).map(|selector| (selector, choices)));
         });
     }

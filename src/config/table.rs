@@ -143,6 +143,15 @@ pub fn text<'a>(value: &'a DeValue<'a>) -> Result<&'a str, Wrong> {
     value.as_str().ok_or_else(|| Wrong::new(format!("a text in quotes is expected, not {}", sort(value))))
 }
 
+pub fn truth(value: &DeValue) -> Result<bool, Wrong> {
+    let wrong = || Wrong::new(format!("true or false is expected, not {}", sort(value)));
+    let unquoted = value.as_str().filter(|text| ["true", "false"].contains(text));
+    value.as_bool().ok_or_else(|| match unquoted {
+        Some(text) => wrong().hint(format!("write it without quotes: {text}")),
+        None => wrong(),
+    })
+}
+
 /// A list of such values, or one alone.
 pub fn list<'a, T>(
     value: &'a DeValue<'a>,
