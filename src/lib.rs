@@ -21,6 +21,7 @@ pub mod explain;
 pub mod fib;
 pub mod fights;
 pub mod imds;
+pub mod journal;
 pub mod ledger;
 pub mod lock;
 pub mod machine_files;

@@ -109,6 +109,19 @@ impl Operation {
         }
     }
 
+    /// The link that it is about, by name.
+    pub fn link(&self) -> Option<&str> {
+        match self {
+            Operation::SetLink { link, .. }
+            | Operation::ResetLink { link, .. }
+            | Operation::AddAddress { link, .. }
+            | Operation::ChangeAddress { link, .. }
+            | Operation::DeleteAddress { link, .. } => Some(&link.name),
+            Operation::AddRoute { link, .. } | Operation::DeleteRoute { link, .. } => Some(&link.as_ref()?.name),
+            Operation::AddRule { rule } | Operation::DeleteRule { rule } => rule.oif.as_deref(),
+        }
+    }
+
     /// A word for logs: what is done to which sort of object.
     pub fn action(&self) -> &'static str {
         match self {

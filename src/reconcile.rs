@@ -22,7 +22,7 @@ use crate::plan::{Plan, Step, plan};
 use crate::policy;
 use crate::proof::{Judgement, Sighting, Taken, judge};
 use crate::release::release;
-use crate::report::{Report, State, Trouble};
+use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
 use crate::selection::{select, unlisted_links};
 use crate::trial::{self, InTheWay, Standing, Trial};
@@ -147,7 +147,8 @@ async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut 
         }
         let waits = |trouble: &Trouble| pause == FIRST_PAUSE && trouble.state == State::Pending;
         for (eni, trouble) in report.troubles.iter().filter(|(_, trouble)| waits(trouble)) {
-            tracing::info!("waiting for {eni}: {}", trouble.why);
+            let state = trouble.state.to_string();
+            tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
@@ -419,7 +420,9 @@ async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> R
         match outcome {
             Outcome::Done => {
                 report.done.push(step.operation.to_string());
-                tracing::info!("{step}");
+                let Step { eni, operation, reason } = step;
+                let action = operation.action();
+                tracing::info!(eni, link = operation.link(), action, reason, "{step}");
             }
             Outcome::AlreadySo => {
                 tracing::debug!("already so: {step}");

@@ -90,20 +90,50 @@ impl Report {
         Report { done: self.done, ..next }
     }
 
+    /// What is wrong, one line each.
+    pub fn remarks(&self) -> Vec<Remark> {
+        let troubles = self.troubles.iter().map(|(eni, trouble)| remark(eni, trouble));
+        troubles.chain(self.unsettled.iter().map(|unsettled| format!("not done: {unsettled}").into())).collect()
+    }
+
     /// Whether waiting may help.
     pub fn may_pass(&self) -> bool {
         self.troubles.values().any(|trouble| trouble.state == State::Pending)
     }
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        for (eni, Trouble { state, why }) in &self.troubles {
-            writeln!(f, "{eni} is {state}: {why}")?;
-        }
-        for unsettled in &self.unsettled {
-            writeln!(f, "not done: {unsettled}")?;
-        }
-        Ok(())
+/// Something that is wrong, as it is told.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Remark {
+    pub text: String,
+    /// Of an ENI: its id.
+    pub eni: Option<String>,
+    pub state: Option<State>,
+    pub why: Option<String>,
+}
+
+impl Remark {
+    pub fn warn(&self) {
+        let Remark { text, eni, state, why } = self;
+        let state = state.map(|state| state.to_string());
+        tracing::warn!(eni, state, reason = why, "{text}");
     }
+}
+
+impl From<String> for Remark {
+    fn from(text: String) -> Remark {
+        Remark { text, ..Remark::default() }
+    }
+}
+
+/// What is said of an ENI in trouble.
+pub fn remark(eni: &str, trouble: &Trouble) -> Remark {
+    let Trouble { state, why } = trouble;
+    let text = format!("{eni} is {state}: {why}");
+    Remark { text, eni: id(eni).map(String::from), state: Some(*state), why: Some(why.clone()) }
+}
+
+/// The ENI's id, unless it goes by another name.
+pub fn id(eni: &str) -> Option<&str> {
+    Some(eni).filter(|name| name.starts_with("eni-"))
 }

@@ -17,7 +17,7 @@ use crate::imds::{Imds, Surroundings};
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::reconcile::{self, Options, Reading};
-use crate::report::{self, Report};
+use crate::report::{self, Remark, Report};
 use crate::service::Service;
 
 /// After something has changed, more does: a manager makes its routes one by one.
@@ -92,7 +92,7 @@ struct State<'a> {
     last_remover: Option<String>,
     begun: Instant,
     /// What was said last of what is wrong: nobody wants to read it every two seconds.
-    last_trouble: String,
+    last_trouble: Vec<Remark>,
     failures: u32,
 }
 
@@ -121,7 +121,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         fights: Fights::default(),
         last_remover: None,
         begun: Instant::now(),
-        last_trouble: String::new(),
+        last_trouble: Vec::new(),
         failures: 0,
     };
     let watchdog = state.service.watchdog();
@@ -228,7 +228,7 @@ impl State<'_> {
             }
             Ok(true) => self.settle().await,
             Ok(false) => {}
-            Err(error) => self.say(&format!("{error:#}")),
+            Err(error) => self.say(vec![format!("{error:#}").into()]),
         }
         if self.expects_more().await {
             self.ask().await?;
@@ -250,7 +250,7 @@ impl State<'_> {
                 is_more
             }
             Err(error) => {
-                self.say(&format!("{error:#}"));
+                self.say(vec![format!("{error:#}").into()]);
                 false
             }
         }
@@ -281,7 +281,7 @@ impl State<'_> {
         self.settle().await;
         // After what else there is to say: it is why that may be out of date.
         if let Some(trouble) = trouble {
-            self.say(&trouble);
+            self.say(vec![trouble.into()]);
         }
         self.expects_more().await;
         let pause = match pause {
@@ -319,7 +319,7 @@ impl State<'_> {
                 self.take_note(&report);
                 self.glance_until = self.is_settled(&report).await.then(|| Instant::now() + GLANCES);
             }
-            Err(error) => self.say(&format!("{error:#}")),
+            Err(error) => self.say(vec![format!("{error:#}").into()]),
         }
     }
 
@@ -345,19 +345,18 @@ impl State<'_> {
         }
         let pending = report.troubles.iter().filter(|(_, trouble)| trouble.state == report::State::Pending);
         self.pending = pending.map(|(eni, _)| eni.clone()).collect();
-        let held = self.options.held_back.iter().map(|change| format!("held back: {change}\n"));
-        let trouble = report.to_string() + &held.collect::<String>();
-        self.say(trouble.trim_end());
+        let held = self.options.held_back.iter().map(|change| format!("held back: {change}"));
+        self.say(report.remarks().into_iter().chain(held.map(Remark::from)).collect());
     }
 
     /// Says what is wrong, once.
-    fn say(&mut self, trouble: &str) {
+    fn say(&mut self, trouble: Vec<Remark>) {
         if self.last_trouble != trouble {
-            trouble.lines().for_each(|line| tracing::warn!("{line}"));
-            self.last_trouble = trouble.into();
+            trouble.iter().for_each(Remark::warn);
+            self.last_trouble = trouble;
         }
-        let status = trouble.lines().next().unwrap_or("the kernel agrees with metadata");
-        self.service.status(status);
+        let status = self.last_trouble.first().and_then(|remark| remark.text.lines().next());
+        self.service.status(status.unwrap_or("the kernel agrees with metadata"));
     }
 
     fn reload(&mut self) {

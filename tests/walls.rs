@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 40] = [
+const FLOW: [&str; 41] = [
     "net",
     "config",
     "eni",
@@ -44,6 +44,7 @@ const FLOW: [&str; 40] = [
     "wait",
     "status",
     "stderr",
+    "journal",
     "cli",
     "main",
 ];

@@ -61,6 +61,11 @@ pub(super) struct Global {
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
     pub(super) color: Color,
 
+    /// How to tell on stderr what is done: `auto` is for people, or for systemd's journal with fields (ENI_ID=, IFNAME=,
+    /// ACTION=, REASON=) where stderr is connected with it; `json` is one object a line.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
+    pub(super) log_format: LogFormat,
+
     /// The configuration file, instead of /etc/eniup/config.toml and the drop-ins.
     #[arg(long, global = true, value_name = "PATH")]
     pub(super) config: Option<PathBuf>,
@@ -75,6 +80,15 @@ pub(super) enum Color {
     Auto,
     Always,
     Never,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    Auto,
+    Plain,
+    Json,
+    /// Plain where the journal cannot be reached.
+    Journal,
 }
 
 impl Color {

@@ -5,7 +5,7 @@ mod commands;
 mod log;
 mod print;
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 
 use anyhow::anyhow;
 use clap::{CommandFactory, Parser};
@@ -46,8 +46,7 @@ pub fn run() -> Exit {
         Err(error) => Err(anyhow!(error).context("starting the runtime")),
     };
     result.unwrap_or_else(|error| {
-        // Nobody is left to tell when this cannot be printed; the exit code still says it.
-        let _ = writeln!(std::io::stderr(), "eniup: {error:#}");
+        tracing::error!("{error:#}");
         exit_of(&error)
     })
 }

@@ -12,7 +12,7 @@ use crate::eni::Attached;
 use crate::explain::Explanation;
 use crate::plan::Plan;
 use crate::reconcile;
-use crate::report::{Exit, Report};
+use crate::report::{self, Exit, Remark, Report};
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
 use crate::status::{Status, Text};
@@ -52,7 +52,7 @@ pub(super) fn plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json:
         tracing::warn!("{note}");
     }
     for (eni, trouble) in &troubles {
-        tracing::warn!("{eni} is {}: {}", trouble.state, trouble.why);
+        report::remark(eni, trouble).warn();
     }
     match (troubles.is_empty(), is_detailed && !plan.steps.is_empty()) {
         (false, _) => Ok(Exit::Degraded),
@@ -77,9 +77,7 @@ pub(super) fn report(report: &Report) -> Result<Exit> {
             false => tracing::warn!("{note}"),
         }
     }
-    for line in report.to_string().lines() {
-        tracing::warn!("{line}");
-    }
+    report.remarks().iter().for_each(Remark::warn);
     tracing::debug!("{} changes made", report.done.len());
     Ok(report.exit())
 }
