@@ -46,6 +46,10 @@ pub struct Ec2 {
 
 impl Ec2 {
     pub fn build() -> Result<Ec2> {
+        // Of the lab before: an instance of the same name has the same `/run`.
+        if Path::new("/run/nodes").exists() {
+            fs::remove_dir_all("/run/nodes")?;
+        }
         let mut lab = Lab::new(ENIUP)?;
         let subnets = lab.fabric.world(|world| -> Result<Vec<String>> {
             let vpc = world.create_vpc(&["10.0.0.0/16".parse()?, "2600:1f16:67f:f200::/56".parse()?]);
@@ -92,7 +96,7 @@ impl Ec2 {
         let path = std::env::join_paths(std::iter::once(self.programs.path().to_path_buf()).chain(folders))?;
         let mut command = self.lab.command(node, "timeout")?;
         command.args([PATIENCE, "sh", "-eu"]).arg(&file).stdin(OwnedFd::from(its)).current_dir(self.programs.path());
-        command.env("PATH", path).env("eni", self.second(&instance)?).env("me", instance).env("spare", &self.spare);
+        command.env("PATH", path).env("eni", self.second(&instance)).env("me", instance).env("spare", &self.spare);
         command.env_remove("AWS_EC2_METADATA_SERVICE_ENDPOINT").env_remove("RUNTIME_DIRECTORY");
         std::thread::scope(|scope| {
             let script = scope.spawn(move || command.output().context("running a shell"));
@@ -108,11 +112,12 @@ impl Ec2 {
         })
     }
 
-    fn second(&self, instance: &str) -> Result<EniId> {
+    /// Nothing where there is one alone.
+    fn second(&self, instance: &str) -> EniId {
         let world = self.lab.world();
         let enis = world.enis_of(instance);
         let second = enis.iter().find(|eni| eni.attachment.as_ref().is_some_and(|at| at.device_number == 1));
-        Ok(second.context("it has one ENI alone")?.id.clone())
+        second.map(|eni| eni.id.clone()).unwrap_or_default()
     }
 
     fn aws(&mut self, request: &str) -> Result<String> {
@@ -137,7 +142,8 @@ impl Ec2 {
             "describe-network-interfaces" => {
                 let attachment = "NetworkInterfaces[0].Attachment.AttachmentId";
                 ensure!(aws.query.as_deref() == Some(attachment), "the lab knows --query {attachment} alone");
-                return Ok(eni.replace("eni-", "eni-attach-"));
+                let is_attached = self.lab.world().eni(eni)?.attachment.is_some();
+                return Ok(if is_attached { eni.replace("eni-", "eni-attach-") } else { "None".into() });
             }
             // Nothing takes time here.
             "wait" => {}
@@ -185,6 +191,8 @@ struct Aws {
     device_index: u32,
     #[arg(long, default_value = "")]
     attachment_id: String,
+    #[arg(long)]
+    force: bool,
     #[arg(long)]
     no_source_dest_check: bool,
     #[arg(long)]
