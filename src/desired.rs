@@ -51,7 +51,7 @@ pub struct DesiredEni {
     /// Whether all that metadata gives it is desired; if not (a dispute), nothing of what is there may be removed.
     pub is_whole: bool,
     /// Addresses that stay as they are, if they are there.
-    pub unproven: BTreeSet<IpNet>,
+    pub left_alone: BTreeSet<IpNet>,
     /// Whether metadata gives it any address; one that has none needs no link either (EFA-only).
     pub has_addresses: bool,
 }
@@ -123,7 +123,8 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
     }
     // The first address of each family is the distribution's, by DHCP; metadata lists it first.
     let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().skip(1));
-    let secondaries = secondaries.map(IpNet::from).filter(|net| !eni.unproven.contains(net));
+    let left_alone = eni.left_alone();
+    let secondaries = secondaries.map(IpNet::from).filter(|net| !left_alone.contains(net));
     let addresses = secondaries.map(|net| {
         wanted(policy::address(config, net, net.addr().is_ipv6()), format!("secondary address of {}", eni.id))
     });
@@ -136,7 +137,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
         rules,
         bound_families: Vec::new(),
         is_whole: true,
-        unproven: eni.unproven.clone(),
+        left_alone: eni.left_alone(),
         has_addresses: true,
     }
 }
@@ -177,7 +178,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         rules,
         bound_families: families.clone(),
         is_whole: !attached.disputes.contains_key(&mac),
-        unproven: eni.unproven.clone(),
+        left_alone: eni.left_alone(),
         has_addresses: !families.is_empty(),
     }
 }
@@ -188,9 +189,10 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
 /// become the source of unbound traffic.
 fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
     let length = eni.ipv4_subnet.map_or(32, |subnet| subnet.prefix_len());
+    let left_alone = eni.left_alone();
     let mut addresses = Vec::new();
     let in_order = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().enumerate());
-    for (n, address) in in_order.filter(|(_, address)| !eni.unproven.contains(&IpNet::from(*address))) {
+    for (n, address) in in_order.filter(|(_, address)| !left_alone.contains(&IpNet::from(*address))) {
         let net = match address.is_ipv4() && n == 0 {
             true => IpNet::new(address, length).unwrap_or_else(|_| address.into()),
             false => address.into(),

@@ -39,6 +39,8 @@ pub struct Eni {
     pub ipv6_prefixes: Vec<Ipv6Net>,
     /// Those of the above that metadata no longer tells of, without proof yet that they are gone: they stay as they are.
     pub unproven: BTreeSet<IpNet>,
+    /// Those of the above that somebody else configures: they stay as they are, too.
+    pub of_others: BTreeSet<IpNet>,
 }
 
 impl Eni {
@@ -80,6 +82,11 @@ impl Eni {
     /// Both families' subnets.
     pub fn all_subnets(&self) -> Vec<IpNet> {
         Family::BOTH.into_iter().flat_map(|family| self.subnets(family)).collect()
+    }
+
+    /// What of it stays as it is.
+    pub fn left_alone(&self) -> BTreeSet<IpNet> {
+        self.unproven.union(&self.of_others).copied().collect()
     }
 
     /// Whether the ENI can send packets of this family.
@@ -233,6 +240,8 @@ pub struct Attached {
     pub ignored: BTreeMap<MacAddr, Ignored>,
     /// Pending ENIs of which it cannot be told yet whether they are to be left alone, and so they are.
     pub undecided: BTreeSet<MacAddr>,
+    /// Of ready ENIs: why addresses of theirs are somebody else's.
+    pub shared: BTreeMap<MacAddr, String>,
     /// What the configuration chooses for ENIs.
     pub choices: BTreeMap<MacAddr, Choices>,
 }

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod config_files;
 pub mod confirm;
+pub mod container_network;
 pub mod cover;
 pub mod desired;
 pub mod doctor;

@@ -4,22 +4,31 @@ use std::fs;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use crate::markers::{Files, Found, WANTED, Wanted};
+use crate::markers::{self, Files, Found, Wanted};
 
 /// Bytes. None of these files is longer.
 const LARGEST: u64 = 1 << 16;
 
 /// Those that are there, below this root.
 pub fn read(root: &Path) -> Files {
+    read_some(root, markers::wanted())
+}
+
+/// Those of container networks alone, on this machine.
+pub fn read_of_container_networks() -> Files {
+    read_some(Path::new("/"), markers::of_container_networks())
+}
+
+fn read_some(root: &Path, wanted: impl Iterator<Item = &'static Wanted>) -> Files {
     let root = root.to_string_lossy();
     let root = root.trim_end_matches('/');
     let mut files = Files::default();
-    for Wanted { pattern, word } in WANTED {
+    for Wanted { pattern, word } in wanted {
         // The patterns are ours and are valid; what cannot be listed is not there for us.
         let paths = glob::glob(&format!("{}{pattern}", glob::Pattern::escape(root))).into_iter().flatten().flatten();
         for path in paths {
             let name = path.to_string_lossy().strip_prefix(root).map(String::from);
-            if let (Some(name), Some(found)) = (name, found(&path, word)) {
+            if let (Some(name), Some(found)) = (name, found(&path, *word)) {
                 files.0.insert(name, found);
             }
         }

@@ -24,7 +24,7 @@ const fn presence(pattern: &'static str) -> Wanted {
     Wanted { pattern, word: None }
 }
 
-pub const WANTED: [Wanted; 32] = [
+const WANTED: [Wanted; 29] = [
     text("/proc/sys/net/ipv4/ip_forward"),
     text("/proc/sys/net/ipv6/conf/all/forwarding"),
     text("/proc/sys/net/ipv4/conf/*/rp_filter"),
@@ -63,11 +63,27 @@ pub const WANTED: [Wanted; 32] = [
     presence("/usr/lib/udev/rules.d/51-cloud-netconfig-hotplug.rules"),
     presence("/etc/udev/rules.d/51-cloud-netconfig-hotplug.rules"),
     presence("/etc/systemd/system/*.wants/cloud-netconfig.timer"),
-    // Container networks that configure ENIs: by the first file the kubelet reads; ECS by its agent's folder.
+];
+
+/// Of container networks that configure ENIs: by the file that the kubelet reads, which comes when the network is ready; by
+/// what is there before that; and ECS by its agent's configuration.
+const OF_CONTAINER_NETWORKS: [Wanted; 5] = [
     presence("/etc/cni/net.d/10-aws.conflist"),
+    presence("/opt/cni/bin/aws-cni"),
+    presence("/etc/eks"),
     presence("/etc/cni/net.d/05-cilium.conflist"),
     presence("/etc/ecs/ecs.config"),
 ];
+
+/// Those that a run looks at.
+pub fn of_container_networks() -> impl Iterator<Item = &'static Wanted> {
+    OF_CONTAINER_NETWORKS.iter()
+}
+
+/// All.
+pub fn wanted() -> impl Iterator<Item = &'static Wanted> {
+    WANTED.iter().chain(&OF_CONTAINER_NETWORKS)
+}
 
 /// What is at a path.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

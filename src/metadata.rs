@@ -375,6 +375,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         malformed,
         ignored: BTreeMap::new(),
         undecided: BTreeSet::new(),
+        shared: BTreeMap::new(),
         choices: BTreeMap::new(),
     })
 }
@@ -472,6 +473,7 @@ impl Reader<'_> {
             ipv4_prefixes: self.networks("ipv4-prefix")?,
             ipv6_prefixes: self.networks("ipv6-prefix")?,
             unproven: BTreeSet::new(),
+            of_others: BTreeSet::new(),
         };
         // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
         // primary): it is on its way, or a stale read has lost it.

@@ -244,7 +244,7 @@ impl Plan {
             self.want_rule(Some(eni), &Wanted { object: rule, reason }, observed);
         }
         let on_link = observed.addresses.iter().filter(|(index, _)| *index == link.index);
-        keep.addresses.extend(on_link.filter(|(_, address)| eni.unproven.contains(&address.net.addr().into())));
+        keep.addresses.extend(on_link.filter(|(_, address)| eni.left_alone.contains(&address.net.addr().into())));
         for address in eni.addresses.iter().filter(|address| is_possible(address.object.net.family())) {
             self.want_address(eni, link, address, observed, keep, config);
         }

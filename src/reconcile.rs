@@ -14,6 +14,7 @@ use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger};
 use crate::lock;
+use crate::machine_files;
 use crate::metadata::{self, Tree};
 use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::apply::Outcome;
@@ -172,11 +173,12 @@ async fn settle(
 ) -> Result<(Report, Attached)> {
     let Reading { tree, all, taken } = reading;
     let believed = believed(all, *taken, netlink, options).await?;
+    let files = machine_files::read_of_container_networks();
     let mut attached = all.clone();
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
     let desire = |observed: &Observed| {
-        attached = select(all, tree, observed, &options.config);
-        desired(&select(&believed, tree, observed, &options.config), &options.config)
+        attached = select(all, tree, observed, &files, &options.config);
+        desired(&select(&believed, tree, observed, &files, &options.config), &options.config)
     };
     let mut report = converge(netlink, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
@@ -193,7 +195,8 @@ async fn settle(
 pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<bool> {
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
-    let attached = select(&reading.all, &reading.tree, &observed, &options.config);
+    let files = machine_files::read_of_container_networks();
+    let attached = select(&reading.all, &reading.tree, &observed, &files, &options.config);
     let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
@@ -506,7 +509,8 @@ pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let observed = observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::of(config)).await?;
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
+    let files = machine_files::read_of_container_networks();
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

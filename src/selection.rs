@@ -2,21 +2,37 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
+
 use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
+use crate::container_network::{ContainerNetwork, container_network};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
+use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
-use crate::net::{Link, MacAddr, Observed};
+use crate::net::{Family, Link, MacAddr, Observed};
 use crate::policy;
 
 /// The attached ENIs with those set aside that are to be left alone, or may be.
-pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Config) -> Attached {
+pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Files, config: &Config) -> Attached {
+    let network = container_network(files, observed);
+    // The machine stands on the primary, of which a container network has addresses only.
+    let is_primary = |mac: &MacAddr| *mac == attached.primary;
+    let has_attached = |mac: &MacAddr| network.as_ref().filter(|_| !is_primary(mac));
     let mut selected = attached.clone();
     for (mac, eni) in &attached.ready {
         let facts = facts(*mac, Some(&eni.id), Some(eni), tree, observed);
-        match verdict(&facts, config) {
-            Verdict::Managed => _ = selected.choices.insert(*mac, choices(&facts, config)),
+        match verdict(&facts, has_attached(mac), config) {
+            Verdict::Managed => {
+                let is_shared = is_primary(mac) && unmanaged(&facts, config).is_none();
+                if let Some(ContainerNetwork { name, sign }) = network.as_ref().filter(|_| is_shared) {
+                    selected.ready.insert(*mac, with_pods(eni));
+                    let why = format!("all its addresses but the first are left to {name}, which is here ({sign})");
+                    selected.shared.insert(*mac, why);
+                }
+                selected.choices.insert(*mac, choices(&facts, config));
+            }
             Verdict::Ignored { by } => {
                 selected.ready.remove(mac);
                 selected.ignored.insert(*mac, Ignored { by, eni: Known::Ready(eni.clone()) });
@@ -34,7 +50,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Co
     }
     for (mac, pending) in &attached.pending {
         let facts = facts(*mac, pending.id.as_ref(), None, tree, observed);
-        match verdict(&facts, config) {
+        match verdict(&facts, has_attached(mac), config) {
             Verdict::Managed => _ = selected.choices.insert(*mac, choices(&facts, config)),
             Verdict::Ignored { by } => {
                 selected.pending.remove(mac);
@@ -44,13 +60,14 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, config: &Co
         }
     }
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
+    selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
     selected
 }
 
 /// The links that are to be left alone by what the kernel alone tells of them: where the ENI's metadata would have to be
 /// asked, they are not.
 pub fn ignored_links(observed: &Observed, config: &Config) -> BTreeSet<u32> {
-    let is_ignored = |link: &&Link| matches!(verdict(&link_facts(link), config), Verdict::Ignored { .. });
+    let is_ignored = |link: &&Link| matches!(verdict(&link_facts(link), None, config), Verdict::Ignored { .. });
     observed.links.values().filter(is_ignored).map(|link| link.index).collect()
 }
 
@@ -80,7 +97,7 @@ enum Verdict {
     },
 }
 
-fn verdict(facts: &Facts, config: &Config) -> Verdict {
+fn verdict(facts: &Facts, network: Option<&ContainerNetwork>, config: &Config) -> Verdict {
     let Config { manage, ignore, .. } = config;
     if let Some(selector) = ignore.iter().find(|selector| selector.selects(facts) == Some(true)) {
         return Verdict::Ignored { by: format!("[[ignore]] at {}", selector.origin) };
@@ -95,18 +112,34 @@ fn verdict(facts: &Facts, config: &Config) -> Verdict {
     if let (None, Some(selector)) = (is_managed(Some(true)), is_managed(None)) {
         return undecided("[[manage]]", selector);
     }
-    // The last that says so counts, whatever it means besides.
-    let mut unmanaged = config.enis.iter().rev().filter(|(_, choices)| choices.unmanaged.is_some());
-    if let Some((selector, choices)) = unmanaged.find(|(selector, _)| selector.selects(facts) != Some(false))
-        && selector.selects(facts) == Some(true)
-        && choices.unmanaged == Some(true)
-    {
+    let unmanaged = unmanaged(facts, config);
+    if let Some((selector, true)) = unmanaged {
         return Verdict::Ignored { by: format!("[[eni]] at {} (unmanaged)", selector.origin) };
     }
-    match config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
-        Some((selector, _)) => undecided("[[eni]]", selector),
+    if let Some((selector, _)) = config.enis.iter().find(|(selector, _)| selector.selects(facts).is_none()) {
+        return undecided("[[eni]]", selector);
+    }
+    match network.filter(|_| manage.is_empty() && unmanaged.is_none()) {
+        Some(ContainerNetwork { name, sign }) => Verdict::Ignored {
+            by: format!("{name} is here ({sign}) and may have attached it; if it is yours, say so with [[manage]]"),
+        },
         None => Verdict::Managed,
     }
+}
+
+/// What the last entry says that says whether this ENI is unmanaged, whatever it says besides; none when none does, or when
+/// it cannot be told whether the last one means it.
+fn unmanaged<'a>(facts: &Facts, config: &'a Config) -> Option<(&'a Selector, bool)> {
+    let says = config.enis.iter().rev().filter_map(|(selector, choices)| Some((selector, choices.unmanaged?)));
+    let mut says = says.filter(|(selector, _)| selector.selects(facts) != Some(false));
+    says.next().filter(|(selector, _)| selector.selects(facts) == Some(true))
+}
+
+/// The primary of a machine with a container network, which has given every address but each family's first to a container
+/// or will: an address that the machine itself had would no longer reach it.
+fn with_pods(eni: &Eni) -> Eni {
+    let behind_first = |family| eni.addresses(family).into_iter().skip(1).map(IpNet::from);
+    Eni { of_others: Family::BOTH.into_iter().flat_map(behind_first).collect(), ..eni.clone() }
 }
 
 fn undecided(entry: &str, selector: &Selector) -> Verdict {

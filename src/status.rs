@@ -120,7 +120,7 @@ fn eni_status(
         mac,
         is_primary: mac == attached.primary,
         state: trouble.as_ref().map_or(State::Ready, |trouble| trouble.state),
-        why: trouble.map(|trouble| trouble.why),
+        why: trouble.map(|trouble| trouble.why).or_else(|| attached.shared.get(&mac).cloned()),
         slot: eni.map(|eni| eni.slot),
         link: link.map(|link| LinkStatus {
             name: link.name.clone(),

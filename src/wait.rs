@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::desired::desired;
 use crate::explain::Said;
 use crate::imds::{self, Imds, Scope, Surroundings};
+use crate::machine_files;
 use crate::metadata::{self, Tree};
 use crate::net::{MacAddr, Observed};
 use crate::netlink::Netlink;
@@ -118,7 +119,8 @@ async fn judge(
     config: &Config,
 ) -> Result<Readiness> {
     let known = metadata.tree.as_ref().map(|tree| Ok::<_, metadata::Unusable>((tree, metadata::attached(tree)?)));
-    let known = known.transpose()?.map(|(tree, all)| (tree, select(&all, tree, observed, config)));
+    let files = machine_files::read_of_container_networks();
+    let known = known.transpose()?.map(|(tree, all)| (tree, select(&all, tree, observed, &files, config)));
     match (target, known) {
         (Target::Eni(id), Some((_, attached))) => {
             let plan = plan(&desired(&attached, config), observed, attached.primary, config);

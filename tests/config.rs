@@ -465,19 +465,19 @@ fn an_ignored_eni_stays_as_it_is_through_everything() {
                     ensure!(difference.is_empty(), "{after}:\n{difference}");
                     Ok(())
                 };
-                let eniup = |arguments: &str| -> Result<String> {
-                    let run = machine.eniup(&format!("{arguments} --config {file}"))?;
-                    ensure!(run.exit == 0, "{arguments}: exit {}: {}", run.exit, run.stderr);
-                    Ok(run.stdout + &run.stderr)
-                };
+                let eniup = |arguments: &str| eniup_with(machine, arguments, &file);
                 // What stays as it is though another ENI of the same subnet is configured, and is seen by its neighbour.
                 let boot = eniup("reconcile")?;
                 ensure!(boot.contains("from 10.0.1.20/31 to 10.0.1.0/24 iif lo lookup 20001"), "{boot}");
                 unchanged("boot")?;
                 ensure!(eniup("reconcile")?.is_empty() && eniup("plan --detailed-exitcode")?.is_empty());
                 ip("link set eth02 down")?;
-                ensure!(!eniup("reconcile")?.is_empty());
+                ensure!(!eniup("reconcile --automatic")?.is_empty());
                 unchanged("refresh")?;
+                eniup("reconcile --automatic --hotplug")?;
+                unchanged("hotplug")?;
+                watch_repairs(machine, &file, "eth02")?;
+                unchanged("watch")?;
                 let status = eniup("status")?;
                 for words in ["secondary ENI, ignored", "config.toml:", "The kernel agrees with metadata"] {
                     ensure!(status.contains(words), "`{words}` is missing: {status}");
@@ -487,6 +487,90 @@ fn an_ignored_eni_stays_as_it_is_through_everything() {
                 Ok(())
             })
             .context(selector)?;
+        }
+        Ok(())
+    });
+}
+
+/// eniup, which has to succeed: what it says.
+fn eniup_with(machine: &Machine, arguments: &str, file: &str) -> Result<String> {
+    let run = machine.eniup(&format!("{arguments} --config {file}"))?;
+    ensure!(run.exit == 0, "{arguments}: exit {}: {}", run.exit, run.stderr);
+    Ok(run.stdout + &run.stderr)
+}
+
+/// Lets `eniup watch` put this link up again.
+fn watch_repairs(machine: &Machine, file: &str, link: &str) -> Result<()> {
+    ip(&format!("link set {link} down"))?;
+    let mut watch = machine.command(&format!("watch --config {file}")).stderr(std::process::Stdio::null()).spawn()?;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let repaired = loop {
+        let is_up = ip(&format!("-o link show {link}"))?.contains(",UP");
+        let is_settled = is_up && machine.eniup(&format!("plan --detailed-exitcode --config {file}"))?.exit == 0;
+        if is_settled || std::time::Instant::now() > deadline {
+            break is_settled;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    watch.kill()?;
+    watch.wait()?;
+    ensure!(repaired, "watch does not put {link} up again");
+    Ok(())
+}
+
+#[test]
+fn what_may_be_a_container_networks_stays_as_it_is_and_status_says_why() {
+    inside(|| {
+        for (sign, name) in [("cni/net.d/10-aws.conflist", "the Amazon VPC CNI"), ("ecs/ecs.config", "Amazon ECS")] {
+            empty_etc()?;
+            let sign = Path::new("/etc").join(sign);
+            fs::create_dir_all(sign.parent().context("no folder")?)?;
+            fs::write(&sign, "")?;
+            let sign = sign.display();
+            with_scenario("container-networks-enis-are-left-alone", |machine| {
+                for command in OTHERS {
+                    ip(command)?;
+                }
+                // An address of the primary's that a pod has.
+                ip("route add 10.0.0.11/32 dev eth03")?;
+                let before = dump()?;
+                let unchanged = |after: &str| -> Result<()> {
+                    let difference = difference(&before, &dump()?);
+                    ensure!(difference.is_empty(), "{after}:\n{difference}");
+                    Ok(())
+                };
+                let none = write(machine, "")?;
+                for verb in ["reconcile", "reconcile --automatic", "reconcile --automatic --hotplug", "release"] {
+                    let said = eniup_with(machine, verb, &none)?;
+                    ensure!(said.is_empty(), "{verb} says {said}");
+                    unchanged(verb)?;
+                }
+                let status = eniup_with(machine, "status", &none)?;
+                for words in [
+                    "eni-01  primary ENI, ready".into(),
+                    format!("all its addresses but the first are left to {name}, which is here ({sign})"),
+                    "eni-03  secondary ENI, ignored".into(),
+                    format!("{name} is here ({sign}) and may have attached it; if it is yours, say so with [[manage]]"),
+                    "The kernel agrees with metadata.".into(),
+                ] {
+                    ensure!(status.contains(&words), "`{words}` is missing: {status}");
+                }
+                let wait = machine.eniup("wait --ip 10.0.1.20 --timeout 100ms")?;
+                ensure!(wait.exit == 3 && wait.stderr.contains("[[manage]]"), "{}: {}", wait.exit, wait.stderr);
+                // By name it is configured, and nobody else is.
+                let third = third_eni()?;
+                let named = write(machine, "[[manage]]\nid = 'eni-02'\n")?;
+                ensure!(eniup_with(machine, "reconcile", &named)?.contains("ip addr add 10.0.1.20/24 dev eth02"));
+                let difference = difference(&third, &third_eni()?);
+                ensure!(difference.is_empty(), "{difference}");
+                ensure!(
+                    !dump()?.iter().any(|line| line.contains("inet 10.0.0.11")),
+                    "a pod's address is the machine's"
+                );
+                eniup_with(machine, "release", &named)?;
+                unchanged("release of the one that was named")
+            })
+            .with_context(|| sign.to_string())?;
         }
         Ok(())
     });

@@ -658,10 +658,14 @@ fn a_container_network_with_enis_of_its_own_is_found_unless_it_is_configured() {
                 ("/etc/cni/net.d/10-aws.conflist", "VPC CNI"),
                 ("/etc/cni/net.d/05-cilium.conflist", "Cilium"),
                 ("/etc/ecs/ecs.config", "ECS"),
+                ("/opt/cni/bin/aws-cni", "VPC CNI"),
+                ("/etc/eks/nodeadm", "EKS"),
             ] {
                 machine.clear()?;
                 machine.write(path, "secret")?;
-                assert_finds(&machine.check("D-CNI")?, "warn", &[name, path], "id = \"eni-01\"").context(path)?;
+                let sign = path.trim_end_matches("/nodeadm");
+                let words = [name, sign, "leaves all but eni-01 alone"];
+                assert_finds(&machine.check("D-CNI")?, "warn", &words, "id = \"eni-01\"").context(path)?;
                 let files = machine_files::read(machine.root.path());
                 ensure!(files.0.values().all(|found| *found == Found::There), "a text is in the snapshot: {files:?}");
             }

@@ -5,13 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 41] = [
+const FLOW: [&str; 42] = [
     "net",
     "config",
     "eni",
     "policy",
     "metadata",
     "proof",
+    "markers",
+    "container_network",
     "selection",
     "cover",
     "desired",
@@ -23,7 +25,6 @@ const FLOW: [&str; 41] = [
     "explain",
     "readiness",
     "ledger",
-    "markers",
     "snapshot",
     "doctor",
     "release",
@@ -50,13 +51,15 @@ const FLOW: [&str; 41] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 23] = [
+const PURE: [&str; 24] = [
     "net",
     "config",
     "eni",
     "policy",
     "metadata",
     "proof",
+    "markers",
+    "container_network",
     "selection",
     "cover",
     "desired",
@@ -67,7 +70,6 @@ const PURE: [&str; 23] = [
     "fib",
     "explain",
     "readiness",
-    "markers",
     "snapshot",
     "doctor",
     "release",

@@ -19,6 +19,8 @@ use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::lock;
+use crate::machine_files;
+use crate::markers::Files;
 use crate::metadata::{self, Tree};
 use crate::net::Observed;
 use crate::netlink::Netlink;
@@ -76,8 +78,8 @@ pub(super) async fn dispatch(cli: &Cli) -> Result<Exit> {
             print::plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Status { json, timeout, .. } => {
-            let (observed, tree) = ground.look(timeout).await?;
-            print::status(&make_status(&observed, &tree, config)?, cli.global.color, *json)
+            let (observed, tree, files) = ground.look(timeout).await?;
+            print::status(&make_status(&observed, &tree, &files, config)?, cli.global.color, *json)
         }
         Command::Explain { question, json, timeout, .. } => {
             let explanation = match &ground.saved {
@@ -171,16 +173,16 @@ impl Ground<'_> {
     }
 
     /// Both sides, with all that `status` shows.
-    async fn look(&self, timeout: &Timeout) -> Result<(Observed, Tree)> {
+    async fn look(&self, timeout: &Timeout) -> Result<(Observed, Tree, Files)> {
         let config = &self.settings.config;
         if let Some(saved) = &self.saved {
-            return Ok((saved.observed(config.mark), saved.tree()?));
+            return Ok((saved.observed(config.mark), saved.tree()?, saved.files.clone()));
         }
         let deadline = timeout.deadline(config);
         let observed = reconcile::observe(config).await?;
         let mut imds = Imds::connect(self.endpoint, &Surroundings::of(&observed), deadline).await?;
         let tree = imds.snapshot(Scope::details(config)).await?;
-        Ok((observed, tree))
+        Ok((observed, tree, machine_files::read_of_container_networks()))
     }
 
     async fn examine(self, timeout: &Timeout, is_json: bool) -> Result<Exit> {
@@ -244,24 +246,25 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     let attached =
         metadata::attached(&tree).map_err(|error| anyhow!("{}: {}", snapshot_file::unusable(file), error.what()))?;
     let mut observed = reconcile::observe(config).await?;
+    let mut files = machine_files::read_of_container_networks();
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
-        observed = fresh_machine(&attached);
+        (observed, files) = (fresh_machine(&attached), Files::default());
     }
-    let attached = select(&attached, &tree, &observed, config);
+    let attached = select(&attached, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }
 
-fn make_status(observed: &Observed, tree: &Tree, config: &Config) -> Result<Status> {
-    let attached = select(&metadata::attached(tree)?, tree, observed, config);
+fn make_status(observed: &Observed, tree: &Tree, files: &Files, config: &Config) -> Result<Status> {
+    let attached = select(&metadata::attached(tree)?, tree, observed, files, config);
     let plan = plan(&desired(&attached, config), observed, attached.primary, config);
     Ok(status(tree, &attached, observed, &plan, config))
 }
 
 fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {
     let (observed, tree) = (saved.observed(config.mark), saved.tree()?);
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, config);
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &saved.files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

@@ -91,7 +91,8 @@ pub fn missing_ip(facts: &Facts) -> Findings {
         let there: BTreeSet<IpAddr> = facts.on_link(link.index).map(|address| address.net.addr()).collect();
         let has_family =
             |address: &IpAddr| address.is_ipv4() || link.ipv6.as_ref().is_some_and(|ipv6| !ipv6.is_disabled);
-        let missing = all_addresses(eni).into_iter().filter(|address| !there.contains(address));
+        let is_ours = |address: &IpAddr| !eni.of_others.contains(&IpNet::from(*address));
+        let missing = all_addresses(eni).into_iter().filter(|address| !there.contains(address) && is_ours(address));
         let missing: Vec<IpAddr> = missing.filter(has_family).collect();
         let Some(first) = missing.first() else { continue };
         let elsewhere = facts.observed.addresses.iter().find(|(_, address)| address.net.addr() == *first);

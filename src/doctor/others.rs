@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::{Facts, Finding, Findings, Placed};
+use crate::config::Config;
+use crate::container_network::{ContainerNetwork, container_network};
 use crate::eni::Attached;
 use crate::markers::{Files, Found};
-use crate::net::{Link, Mark, Rule};
+use crate::net::{Link, Rule};
 use crate::operation::Operation;
 use crate::policy;
 
@@ -246,7 +248,7 @@ fn cloud_netconfig(files: &Files) -> Option<String> {
 
 pub fn rival(facts: &Facts) -> Findings {
     let files = &facts.snapshot.files;
-    let has_cni = cni_sign(facts).is_some();
+    let has_cni = network(facts).is_some();
     let mut findings = Vec::new();
     for Rival { name, sign, off, made } in RIVALS {
         if let Some(path) = sign(files) {
@@ -273,29 +275,20 @@ pub fn rival(facts: &Facts) -> Findings {
     Ok(findings)
 }
 
-/// Of the Amazon VPC CNI's: what has its mark goes to `main` (amazon-vpc-cni-k8s, `pkg/networkutils`).
-const CNI_MARK: Mark = Mark { value: 0x80, mask: 0x80 };
-
-fn cni_sign(facts: &Facts) -> Option<(&'static str, String)> {
-    let files = [
-        ("the Amazon VPC CNI", "/etc/cni/net.d/10-aws.conflist"),
-        ("Cilium", "/etc/cni/net.d/05-cilium.conflist"),
-        ("Amazon ECS", "/etc/ecs/ecs.config"),
-    ];
-    let file = files.into_iter().find(|(_, path)| facts.snapshot.files.has(path));
-    let rule = || {
-        let mut rules = facts.observed.rules.iter();
-        let rule = rules.find(|rule| rule.mark == Some(CNI_MARK) && rule.table == policy::MAIN_TABLE)?;
-        Some(("the Amazon VPC CNI", format!("its rule of priority {}", rule.priority)))
-    };
-    file.map(|(name, path)| (name, path.to_string())).or_else(rule)
+fn network(facts: &Facts) -> Option<ContainerNetwork> {
+    container_network(&facts.snapshot.files, &facts.observed)
 }
 
 pub fn cni(facts: &Facts) -> Findings {
-    let is_configured = !facts.config.manage.is_empty() || !facts.config.ignore.is_empty();
-    let Some((name, sign)) = cni_sign(facts).filter(|_| !is_configured) else { return Ok(Vec::new()) };
+    let Config { manage, ignore, enis, .. } = facts.config;
+    let is_chosen = enis.iter().any(|(_, choices)| choices.unmanaged.is_some());
+    let is_configured = !manage.is_empty() || !ignore.is_empty() || is_chosen;
+    let Some(ContainerNetwork { name, sign }) = network(facts).filter(|_| !is_configured) else {
+        return Ok(Vec::new());
+    };
     let primary = facts.primary().ok().flatten().map_or("eni-…", |placed| &placed.eni.id);
-    let evidence = format!("{name} is here ({sign}) and may have ENIs of its own; eniup would configure them");
+    let evidence =
+        format!("{name} is here ({sign}) and may have ENIs of its own; eniup leaves all but {primary} alone");
     let fix = format!(
         "sudo mkdir -p /etc/eniup/config.d && printf '[[manage]]\\nid = \"{primary}\"\\n' | \
          sudo tee /etc/eniup/config.d/cni.toml, and more of these for your own ENIs"

@@ -190,6 +190,7 @@ impl Vpc {
             malformed: Vec::new(),
             ignored: BTreeMap::new(),
             undecided: BTreeSet::new(),
+            shared: BTreeMap::new(),
             choices: BTreeMap::new(),
         }
     }
@@ -209,6 +210,7 @@ impl Shape {
             ipv4_prefixes: Vec::new(),
             ipv6_prefixes: Vec::new(),
             unproven: BTreeSet::new(),
+            of_others: BTreeSet::new(),
         };
         if let (true, IpAddr::V4(address)) = (has_ipv4, host(subnet, Family::V4, number)) {
             eni.ipv4s.push(address);

@@ -19,6 +19,7 @@ use anyhow::{Context, Result};
 use eniup::config::{self, Config};
 use eniup::desired::desired;
 use eniup::eni::Attached;
+use eniup::markers::{Files, Found};
 use eniup::metadata::{self, Tree};
 use eniup::net::{Address, MacAddr, Observed, Route, RouteKind, Rule};
 use eniup::plan::{Plan, fresh_machine, plan};
@@ -59,6 +60,8 @@ pub struct Machine {
     /// Networks of containers: routes in `main` by a bridge.
     pub bridge: Vec<ipnet::IpNet>,
     pub rules: Vec<Rule>,
+    /// Files that are there, by path.
+    pub files: Vec<String>,
 }
 
 pub fn read_tree(path: &Path) -> Result<Tree> {
@@ -112,9 +115,14 @@ impl Scenario {
         plan(&desired(&selected, &self.config), observed, selected.primary, &self.config)
     }
 
+    /// What others left on the machine.
+    fn files(&self) -> Files {
+        Files(self.machine.files.iter().map(|path| (path.clone(), Found::There)).collect())
+    }
+
     /// What is attached, as the scenario's configuration takes it.
     pub fn selected(&self, observed: &Observed) -> Attached {
-        select(&self.attached, &self.tree, observed, &self.config)
+        select(&self.attached, &self.tree, observed, &self.files(), &self.config)
     }
 
     /// The machine as the scenario finds it.

@@ -6,6 +6,7 @@ use eniup::config::Config;
 use eniup::cover::overlap;
 use eniup::desired::{Desired, desired};
 use eniup::eni::Attached;
+use eniup::markers::Files;
 use eniup::metadata::{Answer, ROUTING_KEYS, Tree, eni_directory};
 use eniup::net::{Family, MacAddr, Observed, Rule};
 use eniup::operation::Operation;
@@ -67,7 +68,7 @@ pub fn one_run_converges(tree: &Tree, attached: &Attached, before: &Observed, co
 }
 
 fn planned(tree: &Tree, attached: &Attached, observed: &Observed, config: &Config) -> (Attached, Desired, Plan) {
-    let selected = select(attached, tree, observed, config);
+    let selected = select(attached, tree, observed, &Files::default(), config);
     let desired = desired(&selected, config);
     let plan = plan(&desired, observed, selected.primary, config);
     (selected, desired, plan)
@@ -136,7 +137,7 @@ fn matches_its_own_enis_sources_only(rule: &Rule, selected: &Attached, desired: 
 
 /// All that is known of who sends from what.
 fn sources(selected: &Attached) -> Vec<(MacAddr, IpNet)> {
-    let Attached { primary: _, ready, pending, disputes, malformed: _, ignored, undecided: _, choices: _ } = selected;
+    let Attached { primary: _, ready, pending, disputes, malformed: _, ignored, undecided: _, shared: _, choices: _ } = selected;
     let ready = ready.iter().map(|(mac, eni)| (*mac, eni.all_sources()));
     let pending = pending.iter().map(|(mac, pending)| (*mac, pending.sources.clone().unwrap_or_default()));
     let ignored = ignored.iter().map(|(mac, ignored)| (*mac, ignored.sources().unwrap_or_default()));
