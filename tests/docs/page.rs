@@ -147,7 +147,8 @@ pub fn command(piece: &str) -> Option<Vec<String>> {
         _ => piece,
     };
     let words = piece.split_whitespace().map(|word| word.trim_matches(['"', '\'', ',']));
-    let is_before = |word: &&str| BEFORE.contains(word) || word.starts_with(|c: char| c.is_ascii_digit());
+    let is_before =
+        |word: &&str| BEFORE.contains(word) || word.ends_with(':') || word.starts_with(|c: char| c.is_ascii_digit());
     let words = words.skip_while(is_before).take_while(|word| !word.contains(['<', '>']));
     let words: Vec<String> = words.map(String::from).collect();
     let program = words.first()?.rsplit('/').next()?;
@@ -157,10 +158,19 @@ pub fn command(piece: &str) -> Option<Vec<String>> {
 #[test]
 fn commands_are_found_wherever_they_stand() {
     let text = "sudo eniup plan | head\nif ! eniup wait --ip \"$a\" >/dev/null; then x=$(eniup status); fi\n\
-                ExecStartPre=/usr/bin/eniup wait \\\n  --ip A\ntimeout 9 eniup watch & # eniup no\n# eniup no\n";
+                ExecStartPre=/usr/bin/eniup wait \\\n  --ip A\ntimeout 9 eniup watch & # eniup no\n# eniup no\n\
+                validate: eniup config check\n- [eniup, wait, --ip, A]\n";
     let block = Block { place: String::new(), words: Vec::new(), text: text.into() };
     let found: Vec<String> = block.commands().iter().map(|words| words.join(" ")).collect();
-    let expected = ["eniup plan", "eniup wait --ip $a", "eniup status", "/usr/bin/eniup wait --ip A", "eniup watch"];
+    let expected = [
+        "eniup plan",
+        "eniup wait --ip $a",
+        "eniup status",
+        "/usr/bin/eniup wait --ip A",
+        "eniup watch",
+        "eniup config check",
+        "eniup wait --ip A",
+    ];
     assert_eq!(found, expected);
 }
 
