@@ -3,7 +3,8 @@
 //!
 //! The words behind a fence say what a block is. `sh lab` is run, the blocks of a page one after the other in one lab (`ec2` says
 //! what is there), on the instance `web` or `on=` another one, and ends with 0 or `exit=` another code. `sh host` is for a real
-//! machine. `toml` is eniup's configuration. `OTHERS` is for nobody here.
+//! machine. `text shown` is what the block for the lab before it prints. `toml` is eniup's configuration. `OTHERS` is for nobody
+//! here.
 
 mod ec2;
 mod page;
@@ -32,7 +33,7 @@ fn every_block_says_what_it_is() -> Result<()> {
             ["sh", "lab", options @ ..] => {
                 options.iter().all(|word| word.starts_with("exit=") || word.starts_with("on="))
             }
-            ["sh", "host"] | ["toml"] => true,
+            ["sh", "host"] | ["toml"] | ["text", "shown"] => true,
             [word] => OTHERS.contains(word),
             _ => false,
         };
@@ -60,12 +61,17 @@ fn what_is_for_the_lab_does_what_it_says() {
 /// is shown.
 fn try_out(page: &Page) -> Result<Option<String>> {
     let mut ec2 = Ec2::build()?;
-    for block in page.blocks.iter().filter(|block| block.has("lab")) {
-        let started = std::time::Instant::now();
+    let mut said = String::new();
+    for block in page.blocks.iter().filter(|block| block.has("lab") || block.has("shown")) {
+        if block.has("shown") {
+            if let Some(line) = not_said(&block.text, &said) {
+                return Ok(Some(format!("{}: nobody says `{line}`; this is what was said\n{said}", block.place)));
+            }
+            continue;
+        }
         let output = ec2.run(block.value("on").unwrap_or("web"), &block.text).context(block.place.clone())?;
-        let said = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
-        let told =
-            format!("{}: {} after {:.1?}\n{}\n{said}", block.place, output.status, started.elapsed(), block.text);
+        said = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
+        let told = format!("{}: {}\n{}\n{said}", block.place, output.status, block.text);
         let expected = block.value("exit").map_or(Ok(0), str::parse)?;
         if output.status.code() != Some(expected) {
             return Ok(Some(format!("exit {expected} was expected\n{told}")));
@@ -75,6 +81,19 @@ fn try_out(page: &Page) -> Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// A line that a page shows as printed and that was not. Ids and the width of gaps may differ, and `…` stands for more lines.
+fn not_said<'a>(shown: &'a str, said: &str) -> Option<&'a str> {
+    let plain = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let words = words.join(" ");
+        let mut parts = words.split("-0");
+        let first = parts.next().unwrap_or_default().to_string();
+        parts.fold(first, |line, rest| line + "-0" + rest.trim_start_matches(|c: char| c.is_ascii_hexdigit()))
+    };
+    let said: Vec<String> = said.lines().map(plain).collect();
+    shown.lines().find(|line| !["", "…"].contains(&line.trim()) && !said.contains(&plain(line)))
 }
 
 #[test]
