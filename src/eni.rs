@@ -262,6 +262,13 @@ pub enum Known {
 }
 
 impl Ignored {
+    pub fn id(&self) -> Option<&str> {
+        match &self.eni {
+            Known::Ready(eni) => Some(&eni.id),
+            Known::Pending(pending) => pending.id.as_deref(),
+        }
+    }
+
     pub fn ready(&self) -> Option<&Eni> {
         match &self.eni {
             Known::Ready(eni) => Some(eni),

@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -17,9 +16,12 @@ use crate::net::{Address, Link, MacAddr, Observed};
 use crate::operation::{LinkChange, Operation};
 use crate::plan::Step;
 use crate::proof::Sighting;
+use crate::whole_file;
 
 /// Raised when the meaning of a field changes; a file of another version is not read.
 const VERSION: u32 = 1;
+
+const MODE: u32 = 0o644;
 
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Ledger {
@@ -197,23 +199,8 @@ fn read(directory: &Path) -> Result<Ledger> {
 
 /// Writes the ledger. If it cannot be written, that costs what it says and a line in the log, but no address.
 pub fn save(ledger: &Ledger, directory: &Path) {
-    if let Err(error) = write_whole(&path(directory), ledger) {
+    let written = serde_json::to_string_pretty(ledger).map_err(anyhow::Error::from);
+    if let Err(error) = written.and_then(|text| whole_file::write(&path(directory), &text, MODE)) {
         tracing::warn!("{error:#}; going on without it");
     }
-}
-
-/// Writes a file as a whole: a crash leaves the old one or the new one.
-///
-/// # Errors
-/// It cannot be written; then the old one stands.
-pub fn write_whole(path: &Path, content: &impl Serialize) -> Result<()> {
-    let new = path.with_extension("json.new");
-    let write = || -> Result<()> {
-        let mut file = fs::File::create(&new)?;
-        file.write_all(serde_json::to_string_pretty(content)?.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&new, path)?;
-        Ok(())
-    };
-    write().with_context(|| format!("writing {}", path.display()))
 }

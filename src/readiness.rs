@@ -115,7 +115,7 @@ pub fn of_eni(id: &str, attached: &Attached, plan: &Plan, observed: &Observed, c
     if let Some((mac, eni)) = attached.ready.iter().find(|(_, eni)| eni.id == id) {
         return of_ready(*mac, eni, attached, plan, observed, config);
     }
-    let is_it = |ignored: &&Ignored| id_of_ignored(ignored) == Some(id);
+    let is_it = |ignored: &&Ignored| ignored.id() == Some(id);
     if let Some(ignored) = attached.ignored.values().find(is_it) {
         return Readiness::Never(format!("eniup leaves it alone: {}", ignored.by));
     }
@@ -173,15 +173,10 @@ fn show_addresses(eni: &Eni) -> String {
     if all.len() > SHOWN { format!("{shown} and {} more", all.len() - SHOWN) } else { shown }
 }
 
-fn id_of_ignored(ignored: &Ignored) -> Option<&str> {
-    let pending = || ignored.pending().and_then(|pending| pending.id.as_deref());
-    ignored.ready().map(|eni| eni.id.as_str()).or_else(pending)
-}
-
 fn known_ids(attached: &Attached) -> BTreeSet<&str> {
     let ready = attached.ready.values().map(|eni| eni.id.as_str());
     let pending = attached.pending.values().filter_map(|pending| pending.id.as_deref());
-    ready.chain(pending).chain(attached.ignored.values().filter_map(id_of_ignored)).collect()
+    ready.chain(pending).chain(attached.ignored.values().filter_map(Ignored::id)).collect()
 }
 
 fn adds(operation: &Operation) -> bool {

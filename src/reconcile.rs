@@ -1,6 +1,6 @@
 //! The whole run, from top to bottom: read metadata, decide, observe, plan, apply, plan again and expect nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +26,7 @@ use crate::release::release;
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
 use crate::selection::{select, unlisted_links};
+use crate::tally::{self, Event};
 use crate::trial::{self, InTheWay, Standing, Trial};
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
@@ -182,6 +183,7 @@ async fn settle(
     };
     let mut report = converge(netlink, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
+    report.enis = listed(&attached);
     if options.is_hotplug {
         report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
     }
@@ -372,6 +374,7 @@ async fn converge(
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
         let observed = observe_settled(netlink, &before, options, patience).await?;
         let mut plan = plan(&desire(&observed), &observed, primary, &options.config);
+        report.drift = plan.steps.len();
         plan.steps.retain(|step| !options.held_back.contains(&step.operation.to_string()));
         if plan.steps.is_empty() || round == ROUNDS {
             report.notes.clone_from(&plan.notes);
@@ -423,6 +426,7 @@ async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> R
         match outcome {
             Outcome::Done => {
                 report.done.push(step.operation.to_string());
+                tally::count(Event::Change(step.operation.action()));
                 let Step { eni, operation, reason } = step;
                 let action = operation.action();
                 tracing::info!(eni, link = operation.link(), action, reason, "{step}");
@@ -473,6 +477,15 @@ fn plan_troubles(plan: &Plan, failures: &[Failure]) -> Vec<(String, Trouble)> {
         }
     }
     troubles
+}
+
+/// Every ENI that metadata lists, by the name that its troubles have.
+fn listed(attached: &Attached) -> BTreeMap<String, State> {
+    let name = |mac: &MacAddr, id: Option<&str>| id.map_or_else(|| format!("ENI {mac}"), String::from);
+    let ready = attached.ready.values().map(|eni| (eni.id.clone(), State::Ready));
+    let pending = attached.pending.iter().map(|(mac, pending)| (name(mac, pending.id.as_deref()), State::Pending));
+    let ignored = attached.ignored.iter().map(|(mac, ignored)| (name(mac, ignored.id()), State::Ignored));
+    ready.chain(pending).chain(ignored).collect()
 }
 
 /// What metadata does not tell yet, or tells wrongly.

@@ -20,6 +20,23 @@ pub enum Exit {
     BadConfiguration = 78,
 }
 
+impl Exit {
+    /// A word for metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Exit::Ok => "ok",
+            Exit::Failed => "failed",
+            Exit::Differences => "differences",
+            Exit::Degraded => "degraded",
+            Exit::Usage => "usage",
+            Exit::MetadataUnavailable => "metadata-unavailable",
+            Exit::Busy => "busy",
+            Exit::NotPermitted => "not-permitted",
+            Exit::BadConfiguration => "bad-configuration",
+        }
+    }
+}
+
 /// What became of the machine in one run.
 #[derive(Default, Debug)]
 pub struct Report {
@@ -31,6 +48,10 @@ pub struct Report {
     pub notes: Vec<String>,
     /// The changes made, as `Operation` shows them.
     pub done: Vec<String>,
+    /// How many changes are left to be made.
+    pub drift: usize,
+    /// Every ENI that is listed, by id (or MAC), as far as metadata and configuration say; see [`Report::states`].
+    pub enis: BTreeMap<String, State>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -88,6 +109,12 @@ impl Report {
     pub fn followed_by(mut self, next: Report) -> Report {
         self.done.extend(next.done);
         Report { done: self.done, ..next }
+    }
+
+    /// How each ENI stands.
+    pub fn states(&self) -> impl Iterator<Item = (&str, State)> {
+        let in_trouble = |eni: &String| self.troubles.get(eni).map(|trouble| trouble.state);
+        self.enis.iter().map(move |(eni, state)| (eni.as_str(), in_trouble(eni).unwrap_or(*state)))
     }
 
     /// What is wrong, one line each.

@@ -2,8 +2,7 @@
 //! and what it means is for `snapshot`.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Read;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -18,6 +17,7 @@ use crate::metadata::Tree;
 use crate::net::Observed;
 use crate::netlink::Netlink;
 use crate::snapshot::{Snapshot, Taken};
+use crate::whole_file;
 
 /// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
 const LARGEST: u64 = 64 << 20;
@@ -65,22 +65,7 @@ async fn read_tree(
 /// # Errors
 /// It cannot be written, or something is there by that name that is no file.
 pub fn write(text: &str, path: &Path) -> Result<()> {
-    let failed = || format!("writing {}", path.display());
-    // A rename would put a file in the place of /dev/null.
-    let is_file = fs::symlink_metadata(path).map_or(true, |there| there.is_file());
-    ensure!(is_file, "{}: it is there and is no file", failed());
-    let name = path.file_name().with_context(failed)?.to_string_lossy();
-    let new = path.with_file_name(format!(".{name}.{}", std::process::id()));
-    let written = || -> std::io::Result<()> {
-        let mut file = fs::File::options().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&new, path)
-    };
-    written().map_err(|error| {
-        let _ = fs::remove_file(&new);
-        anyhow!(error).context(failed())
-    })
+    whole_file::write(path, text, 0o600)
 }
 
 /// # Errors

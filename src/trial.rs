@@ -10,13 +10,16 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::{boot, write_whole};
+use crate::ledger::boot;
 use crate::net::{Link, MacAddr, Observed};
 use crate::plan::Step;
 use crate::rollback::Before;
+use crate::whole_file;
 
 /// Raised when the meaning of a field changes; a file of another version is not read.
 const VERSION: u32 = 1;
+
+const MODE: u32 = 0o644;
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Trial {
@@ -122,7 +125,7 @@ impl Trial {
     /// # Errors
     /// It cannot be written.
     pub fn save(&self, directory: &Path) -> Result<()> {
-        write_whole(&path(directory), self)
+        whole_file::write(&path(directory), &serde_json::to_string_pretty(self)?, MODE)
     }
 
     /// # Errors

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::future::pending;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,10 +15,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::Config;
 use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
+use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::reconcile::{self, Options, Reading};
-use crate::report::{self, Remark, Report};
+use crate::report::{self, Exit, Remark, Report};
 use crate::service::Service;
 
 /// After something has changed, more does: a manager makes its routes one by one.
@@ -37,6 +39,9 @@ const GRACE: Duration = Duration::from_millis(500);
 /// set without a word.
 const GLANCES: Duration = Duration::from_secs(60);
 
+/// Between two metrics files while nothing happens: a collector reads them every 15 s or less often.
+const METRICS_PAUSE: Duration = Duration::from_secs(10);
+
 /// While metadata does not answer; doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -44,6 +49,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub struct Watch {
     /// Between two readings of metadata.
     pub interval: Duration,
+    /// Where metrics are written.
+    pub metrics: Option<PathBuf>,
     /// Longer where reading costs much.
     pub is_thrifty: bool,
     /// For one run.
@@ -91,6 +98,8 @@ struct State<'a> {
     /// Who was the last to take something away, with the process's number.
     last_remover: Option<String>,
     begun: Instant,
+    /// When metrics were written last.
+    noted_at: Instant,
     /// What was said last of what is wrong: nobody wants to read it every two seconds.
     last_trouble: Vec<Remark>,
     failures: u32,
@@ -121,6 +130,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         fights: Fights::default(),
         last_remover: None,
         begun: Instant::now(),
+        noted_at: Instant::now(),
         last_trouble: Vec::new(),
         failures: 0,
     };
@@ -266,6 +276,7 @@ impl State<'_> {
                 let is_as_before = reading.is_none() && self.glance_until.is_some();
                 self.reading = reading.or(self.reading.take());
                 if is_as_before {
+                    self.note_still_so();
                     self.ask_at = Instant::now() + self.eager_pause();
                     return;
                 }
@@ -311,15 +322,39 @@ impl State<'_> {
     /// Makes the kernel agree with what was read last.
     async fn settle(&mut self) {
         self.settle_by = None;
-        let Some(reading) = &self.reading else { return };
+        let begun = Instant::now();
+        let Some(reading) = &self.reading else { return self.note_metrics(begun, None) };
         self.options.deadline = Instant::now() + self.watch.timeout;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         match reconcile::settle_again(&mut self.netlink, reading, &self.options).await {
             Ok(report) => {
+                self.note_metrics(begun, Some(&report));
                 self.take_note(&report);
                 self.glance_until = self.is_settled(&report).await.then(|| Instant::now() + GLANCES);
             }
-            Err(error) => self.say(vec![format!("{error:#}").into()]),
+            Err(error) => {
+                self.note_metrics(begun, None);
+                self.say(vec![format!("{error:#}").into()]);
+            }
+        }
+    }
+
+    fn note_metrics(&mut self, begun: Instant, report: Option<&Report>) {
+        let Some(path) = &self.watch.metrics else { return };
+        let exit = match report {
+            // It is as metadata had it last, and whether that is still so is not known.
+            _ if self.failures > 0 => Exit::MetadataUnavailable,
+            Some(report) => report.exit(),
+            None => Exit::Failed,
+        };
+        metrics_file::note_run(path, begun.elapsed(), exit, report);
+        self.noted_at = Instant::now();
+    }
+
+    fn note_still_so(&mut self) {
+        if let Some(path) = self.watch.metrics.as_ref().filter(|_| self.noted_at.elapsed() >= METRICS_PAUSE) {
+            metrics_file::note_still_so(path);
+            self.noted_at = Instant::now();
         }
     }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 42] = [
+const FLOW: [&str; 46] = [
     "net",
     "config",
     "eni",
@@ -24,6 +24,8 @@ const FLOW: [&str; 42] = [
     "fib",
     "explain",
     "readiness",
+    "tally",
+    "whole_file",
     "ledger",
     "snapshot",
     "doctor",
@@ -31,6 +33,8 @@ const FLOW: [&str; 42] = [
     "rollback",
     "trial",
     "report",
+    "metrics",
+    "metrics_file",
     "config_files",
     "machine_files",
     "imds",
@@ -51,7 +55,7 @@ const FLOW: [&str; 42] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 24] = [
+const PURE: [&str; 25] = [
     "net",
     "config",
     "eni",
@@ -75,6 +79,7 @@ const PURE: [&str; 24] = [
     "release",
     "rollback",
     "fights",
+    "metrics",
     "status",
 ];
 

@@ -125,6 +125,8 @@ pub(super) enum Command {
         #[arg(long, value_name = "SECONDS", value_parser = parse_window, conflicts_with_all = ["automatic", "dry_run"])]
         confirm: Option<Duration>,
         #[command(flatten)]
+        metrics: MetricsFile,
+        #[command(flatten)]
         timeout: Timeout,
     },
     /// Keep what `eniup reconcile --confirm` has done, which is rolled back otherwise.
@@ -179,6 +181,8 @@ pub(super) enum Command {
         /// Between two readings of metadata. Without it 2s, or longer where that would cost more than a thousandth of a core.
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         interval: Option<Duration>,
+        #[command(flatten)]
+        metrics: MetricsFile,
         #[command(flatten)]
         timeout: Timeout,
     },
@@ -357,6 +361,20 @@ impl std::fmt::Display for BadUsage {
 }
 
 impl std::error::Error for BadUsage {}
+
+#[derive(Args)]
+pub(super) struct MetricsFile {
+    /// Write metrics there for node_exporter's textfile collector, which wants a name that ends in .prom. Counters go on from
+    /// what is there.
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
+}
+
+impl MetricsFile {
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.metrics.as_deref()
+    }
+}
 
 #[derive(Args)]
 pub(super) struct Timeout {

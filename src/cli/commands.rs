@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::time::Instant;
 
-use super::arguments::{Cli, Command, ConfigCommand, Question, Timeout};
+use super::arguments::{Cli, Command, ConfigCommand, MetricsFile, Question, Timeout};
 use super::print;
 use crate::config::{self, Config, File, Problems, Settings};
 use crate::config_files::{self, Places};
@@ -27,7 +27,7 @@ use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
 use crate::reconcile::{self, NotPermitted, Options};
-use crate::report::Exit;
+use crate::report::{Exit, Report};
 use crate::selection::select;
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
@@ -50,7 +50,8 @@ struct Ground<'a> {
     problems: Option<Problems>,
 }
 
-pub(super) async fn dispatch(cli: &Cli) -> Result<Exit> {
+/// Also leaves behind what a run came to, if there was one.
+pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<Exit> {
     let ground = ground(cli)?;
     let config = &ground.settings.config;
     match &cli.command {
@@ -60,12 +61,12 @@ pub(super) async fn dispatch(cli: &Cli) -> Result<Exit> {
         }
         Command::Reconcile { confirm: Some(window), timeout, .. } => {
             check_permission()?;
-            try_out(&ground.options(timeout), *window).await
+            try_out(&ground.options(timeout), *window, report).await
         }
         Command::Reconcile { automatic, hotplug, timeout, .. } => {
             check_permission()?;
             let options = Options { is_automatic: *automatic, is_hotplug: *hotplug, ..ground.options(timeout) };
-            print::report(&reconcile::reconcile(&options).await?)
+            print::report(report.insert(reconcile::reconcile(&options).await?))
         }
         Command::Confirm { timeout } => {
             check_permission()?;
@@ -88,10 +89,10 @@ pub(super) async fn dispatch(cli: &Cli) -> Result<Exit> {
             };
             print::explanation(&explanation, *json)
         }
-        Command::Watch { interval, timeout } => {
+        Command::Watch { interval, metrics, timeout } => {
             check_permission()?;
             let options = Options { is_automatic: true, ..ground.options(timeout) };
-            watch::watch(options, &ground.watch(*interval, timeout)).await?;
+            watch::watch(options, &ground.watch(*interval, metrics, timeout)).await?;
             Ok(Exit::Ok)
         }
         Command::Wait { target, timeout } => {
@@ -153,11 +154,12 @@ impl Ground<'_> {
         }
     }
 
-    fn watch(&self, interval: Option<Duration>, timeout: &Timeout) -> Watch {
+    fn watch(&self, interval: Option<Duration>, metrics: &MetricsFile, timeout: &Timeout) -> Watch {
         let file: Option<PathBuf> = self.config_file.map(Path::to_path_buf);
         Watch {
             interval: interval.unwrap_or(policy::WATCH_INTERVAL).max(SHORTEST_INTERVAL),
             is_thrifty: interval.is_none(),
+            metrics: metrics.path().map(Path::to_path_buf),
             timeout: timeout.timeout.unwrap_or(self.settings.config.timeout),
             reload: Box::new(move || Ok(config::read(&config_texts(file.as_deref()))?.config)),
         }
@@ -208,9 +210,9 @@ impl Ground<'_> {
     }
 }
 
-async fn try_out(options: &Options, window: Duration) -> Result<Exit> {
-    let (report, guard) = confirm::try_out(options, window).await?;
-    let exit = print::report(&report)?;
+async fn try_out(options: &Options, window: Duration, report: &mut Option<Report>) -> Result<Exit> {
+    let (made, guard) = confirm::try_out(options, window).await?;
+    let exit = print::report(report.insert(made))?;
     let Some(guard) = guard else {
         tracing::info!("nothing was changed, so there is nothing to confirm");
         return Ok(exit);

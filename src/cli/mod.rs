@@ -6,6 +6,7 @@ mod log;
 mod print;
 
 use std::io::ErrorKind;
+use std::time::Instant;
 
 use anyhow::anyhow;
 use clap::{CommandFactory, Parser};
@@ -14,12 +15,13 @@ use crate::config;
 use crate::imds;
 use crate::lock;
 use crate::metadata;
+use crate::metrics_file;
 use crate::reconcile::NotPermitted;
 use crate::report::Exit;
 use crate::snapshot::NoMetadata;
 use crate::trial::InTheWay;
 use crate::wait;
-use arguments::{BadUsage, Cli};
+use arguments::{BadUsage, Cli, Command};
 
 /// The whole command line, for manual and completions.
 pub fn command() -> clap::Command {
@@ -40,15 +42,22 @@ pub fn run() -> Exit {
         }
     };
     log::start(&cli);
+    let (begun, mut report) = (Instant::now(), None);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(commands::dispatch(&cli)),
+        Ok(runtime) => runtime.block_on(commands::dispatch(&cli, &mut report)),
         Err(error) => Err(anyhow!(error).context("starting the runtime")),
     };
-    result.unwrap_or_else(|error| {
+    let exit = result.unwrap_or_else(|error| {
         tracing::error!("{error:#}");
         exit_of(&error)
-    })
+    });
+    if let Command::Reconcile { dry_run: false, metrics, .. } = &cli.command
+        && let Some(path) = metrics.path()
+    {
+        metrics_file::note_run(path, begun.elapsed(), exit, report.as_ref());
+    }
+    exit
 }
 
 /// The exit code that an error stands for.

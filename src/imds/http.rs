@@ -9,6 +9,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use super::pace::Pace;
+use crate::tally::{self, Event};
 
 /// One answer is waited for this long; the service is on the same host and answers within milliseconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -122,7 +123,9 @@ async fn send(request: RequestBuilder, pace: &Pace, deadline: Instant) -> Attemp
 }
 
 async fn receive(request: RequestBuilder, pace: &Pace) -> Attempt<String> {
-    let response = match request.send().await {
+    let sent = request.send().await;
+    tally::count(Event::Request(sent.as_ref().ok().map(|response| response.status().as_u16())));
+    let response = match sent {
         Ok(response) => response,
         Err(error) => return failure(&error),
     };
