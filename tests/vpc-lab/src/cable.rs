@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 
+use crate::fabric::End;
 use crate::kernel;
 use crate::node::Node;
 use crate::vpc::Mac;
@@ -42,13 +43,14 @@ impl Cable {
         kernel::set_up(&end)?;
         Ok(Cable { end, frames: File::from(frames) })
     }
+}
 
-    /// The next frame's length, or `WouldBlock`.
-    pub fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+impl End for Cable {
+    fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
         (&self.frames).read(frame)
     }
 
-    pub fn write(&self, frame: &[u8]) -> io::Result<()> {
+    fn write(&self, frame: &[u8]) -> io::Result<()> {
         (&self.frames).write(frame).map(|_| ())
     }
 }

@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 
-use crate::cable::Cable;
 use crate::forward::{Reason, Verdict, forward};
 use crate::kernel;
 use crate::vpc::{Port, World};
@@ -20,6 +19,14 @@ const LONGEST: usize = wire::ETHERNET + 65_535;
 const TURN: usize = 64;
 /// Dropped packets that are remembered word for word.
 const REMEMBERED: usize = 64;
+
+/// The fabric's end of what connects it with a guest's link, where whole frames are read and written.
+pub trait End: AsFd + Send + Sync {
+    /// The next frame's length, or `WouldBlock`.
+    fn read(&self, frame: &mut [u8]) -> io::Result<usize>;
+
+    fn write(&self, frame: &[u8]) -> io::Result<()>;
+}
 
 /// What the VPC dropped, by the port at which the packet came in.
 pub type Drops = BTreeMap<(Port, Reason), u64>;
@@ -50,7 +57,7 @@ struct State {
 #[derive(Clone)]
 struct Plug {
     number: u64,
-    cable: Arc<Cable>,
+    end: Arc<dyn End>,
 }
 
 /// The event of the stop descriptor; ports begin above it.
@@ -81,14 +88,14 @@ impl Fabric {
         act(&mut self.shared.state().world)
     }
 
-    /// Connects a port by its cable.
-    pub fn plug(&self, port: Port, cable: Cable) -> Result<()> {
+    /// Connects a port by its cable or card.
+    pub fn plug(&self, port: Port, end: impl End + 'static) -> Result<()> {
         let mut state = self.shared.state();
         state.next_number += 1;
         let number = state.next_number;
-        self.shared.watch(cable.as_fd().as_raw_fd(), number)?;
+        self.shared.watch(end.as_fd().as_raw_fd(), number)?;
         state.by_number.insert(number, port.clone());
-        state.ports.insert(port, Plug { number, cable: Arc::new(cable) });
+        state.ports.insert(port, Plug { number, end: Arc::new(end) });
         Ok(())
     }
 
@@ -104,9 +111,9 @@ impl Fabric {
     pub fn drain(&self) {
         let mut state = self.shared.state();
         let mut frame = vec![0; LONGEST];
-        for (port, Plug { number: _, cable }) in state.ports.clone() {
-            while let Ok(length) = cable.read(&mut frame) {
-                state.handle(&port, &cable, &frame[..length]);
+        for (port, Plug { number: _, end }) in state.ports.clone() {
+            while let Ok(length) = end.read(&mut frame) {
+                state.handle(&port, &*end, &frame[..length]);
             }
         }
     }
@@ -118,7 +125,7 @@ impl Fabric {
     pub fn inject(&self, port: &Port, frame: &[u8]) -> Result<()> {
         let state = self.shared.state();
         let plug = state.ports.get(port).with_context(|| format!("{port:?} is not plugged"))?;
-        plug.cable.write(frame).with_context(|| format!("handing {port:?} a frame"))
+        plug.end.write(frame).with_context(|| format!("handing {port:?} a frame"))
     }
 
     pub fn drops(&self) -> Drops {
@@ -205,22 +212,22 @@ impl Shared {
         for _ in 0..TURN {
             let mut state = self.state();
             let Some(port) = state.by_number.get(&number).cloned() else { return };
-            let Some(cable) = state.ports.get(&port).map(|plug| plug.cable.clone()) else { return };
+            let Some(end) = state.ports.get(&port).map(|plug| plug.end.clone()) else { return };
             // Not ready, or the link is gone: either way there is nothing to read.
-            let Ok(length) = cable.read(frame) else { return };
-            state.handle(&port, &cable, &frame[..length]);
+            let Ok(length) = end.read(frame) else { return };
+            state.handle(&port, &*end, &frame[..length]);
         }
     }
 }
 
 impl State {
-    fn handle(&mut self, port: &Port, cable: &Cable, frame: &[u8]) {
+    fn handle(&mut self, port: &Port, end: &dyn End, frame: &[u8]) {
         let dropped = match forward(&self.world, port, frame) {
             Verdict::Ignore => None,
             Verdict::Drop(reason) => Some(reason),
-            Verdict::Reply(reply) => put(cable, &reply),
+            Verdict::Reply(reply) => put(end, &reply),
             Verdict::Deliver { to, frame } => match self.ports.get(&to) {
-                Some(plug) => put(&plug.cable, &frame),
+                Some(plug) => put(&*plug.end, &frame),
                 None => Some(Reason::NotAttached),
             },
         };
@@ -238,6 +245,6 @@ impl State {
 }
 
 /// Hands a frame to a guest. A link that is down takes none.
-fn put(cable: &Cable, frame: &[u8]) -> Option<Reason> {
-    cable.write(frame).err().map(|_| Reason::LinkDown)
+fn put(end: &dyn End, frame: &[u8]) -> Option<Reason> {
+    end.write(frame).err().map(|_| Reason::LinkDown)
 }

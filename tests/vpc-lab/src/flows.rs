@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bytes of a message: its number.
 const MESSAGE: usize = 8;
+/// Bytes in front of it in an answer to a ping.
+const ICMP_HEADER: usize = 8;
 
 /// So many messages of a flow may be under way within [`BUSY`]; the next ones wait. A lab that gets no turn on a busy machine
 /// then slows its flows down, and none is lost in a queue that overflows. After an outage a flow goes on.
@@ -39,8 +41,10 @@ const QUEUE: usize = 4 << 20;
 pub enum Kind {
     /// One long-lived connection; what comes back has to be in order.
     Tcp,
-    /// Pings on one connected socket.
+    /// Datagrams on one connected socket.
     Udp,
+    /// Pings, which also a node without a server answers.
+    Icmp,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -59,6 +63,7 @@ impl fmt::Display for FlowSpec {
         let kind = match self.kind {
             Kind::Tcp => "tcp",
             Kind::Udp => "udp",
+            Kind::Icmp => "icmp",
         };
         write!(f, "{kind} {} → {}", self.from, self.to)
     }
@@ -325,7 +330,7 @@ struct Flow {
     /// Messages sent; the number of the next.
     sent: u64,
     answered: u64,
-    /// UDP: messages that are not answered, by number, and when they were sent.
+    /// UDP and ICMP: messages that are not answered, by number, and when they were sent.
     open: BTreeMap<u64, Instant>,
     /// TCP: bytes that the socket has not taken yet, and those of a message that is not all there.
     outgoing: Vec<u8>,
@@ -345,6 +350,8 @@ impl Flow {
         let (kind, protocol, port) = match spec.kind {
             Kind::Tcp => (Type::STREAM, Protocol::TCP, FLOW_PORT),
             Kind::Udp => (Type::DGRAM, Protocol::UDP, PORT),
+            Kind::Icmp if spec.to.is_ipv4() => (Type::DGRAM, Protocol::ICMPV4, 0),
+            Kind::Icmp => (Type::DGRAM, Protocol::ICMPV6, 0),
         };
         let connect = || -> Result<Socket> {
             let socket = Socket::new(domain, kind, Some(protocol))?;
@@ -399,11 +406,17 @@ impl Flow {
         self.next = (self.next + self.spec.every).max(now);
         let message = self.sent.to_be_bytes();
         match self.spec.kind {
-            Kind::Udp => {
+            Kind::Udp | Kind::Icmp => {
                 self.open.insert(self.sent, now);
                 self.sent += 1;
+                let request = if self.spec.to.is_ipv4() { 8 } else { 128 };
+                let datagram = match self.spec.kind {
+                    // Checksum and identifier are the kernel's.
+                    Kind::Icmp => [&[request, 0, 0, 0, 0, 0, 0, 1][..], &message].concat(),
+                    Kind::Tcp | Kind::Udp => message.into(),
+                };
                 // A message that cannot be sent is lost like any other, and its fault says why.
-                if let Err(error) = self.socket.send(&message) {
+                if let Err(error) = self.socket.send(&datagram) {
                     self.blame(format!("sending: {error}"));
                 }
             }
@@ -448,6 +461,7 @@ impl Flow {
             let bytes = buffer[..length].iter().map(|byte| unsafe { byte.assume_init() });
             match self.spec.kind {
                 Kind::Udp => self.take_datagram(bytes.take(MESSAGE).collect()),
+                Kind::Icmp => self.take_datagram(bytes.skip(ICMP_HEADER).take(MESSAGE).collect()),
                 Kind::Tcp => {
                     self.incoming.extend(bytes);
                     self.take_stream();
@@ -460,7 +474,7 @@ impl Flow {
     fn note(&mut self, error: io::Error) {
         match self.spec.kind {
             Kind::Tcp => self.die(format!("receiving: {error}")),
-            Kind::Udp => self.blame(format!("receiving: {error}")),
+            Kind::Udp | Kind::Icmp => self.blame(format!("receiving: {error}")),
         }
     }
 

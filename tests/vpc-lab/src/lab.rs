@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,7 @@ use anyhow::{Context, Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::cable::Cable;
+use crate::card::Card;
 use crate::echo::Echo;
 use crate::fabric::Fabric;
 use crate::forward::{METADATA_IPV4, METADATA_IPV6, METADATA_MAC, ROUTER_IPV6, ROUTER_MAC};
@@ -58,6 +59,8 @@ pub struct Lab {
 struct Machine {
     instance: InstanceId,
     distribution: Distribution,
+    /// A virtual machine's cards have their sockets in this folder; namespaces have cables.
+    cards: Option<PathBuf>,
     /// The names of its links, by ENI.
     links: BTreeMap<EniId, String>,
     /// Those whose links the distribution has configured.
@@ -92,11 +95,29 @@ impl Lab {
 
     /// Launches an instance with these ENIs: the primary, and on card 0 those of the devices that follow.
     pub fn run_instance(&mut self, name: &str, enis: &[EniId], kind: &str, distribution: Distribution) -> Result<()> {
-        ensure!(!self.nodes.contains_key(name), "there is a node {name} already");
+        self.launch(name, enis, kind, distribution, None)
+    }
+
+    /// Launches an instance that is a virtual machine of the caller's: the fabric's ends of its cards are in this folder. What
+    /// the machine makes of them is its own affair, so the verbs that need a namespace do not know it.
+    pub fn run_machine(&mut self, name: &str, enis: &[EniId], kind: &str, cards: &Path) -> Result<()> {
+        self.launch(name, enis, kind, Distribution::Nothing, Some(cards.into()))
+    }
+
+    fn launch(
+        &mut self,
+        name: &str,
+        enis: &[EniId],
+        kind: &str,
+        distribution: Distribution,
+        cards: Option<PathBuf>,
+    ) -> Result<()> {
+        let is_taken = self.nodes.contains_key(name) || self.machines.contains_key(name);
+        ensure!(!is_taken, "there is a node {name} already");
         let (primary, secondaries) = enis.split_first().context("an instance has at least its primary ENI")?;
-        let cards = crate::vpc::network_cards(kind);
+        let network_cards = crate::vpc::network_cards(kind);
         let instance = self.fabric.world(|world| -> Result<InstanceId> {
-            let instance = world.run_instance(primary, kind, cards)?;
+            let instance = world.run_instance(primary, kind, network_cards)?;
             for (n, eni) in secondaries.iter().enumerate() {
                 world.attach_network_interface(eni, &instance, 0, n as u32 + 1)?;
             }
@@ -107,6 +128,7 @@ impl Lab {
         let machine = Machine {
             instance: instance.clone(),
             distribution,
+            cards,
             links: BTreeMap::new(),
             configured: BTreeSet::new(),
             metadata,
@@ -141,9 +163,11 @@ impl Lab {
 
     /// A fresh namespace with the instance's links, as its kernel finds them.
     fn boot(&mut self, name: &str) -> Result<()> {
-        let node = Node::create(name)?;
-        self.echoes.insert(name.into(), Echo::start(&node)?);
-        self.nodes.insert(name.into(), node);
+        if self.machine(name)?.cards.is_none() {
+            let node = Node::create(name)?;
+            self.echoes.insert(name.into(), Echo::start(&node)?);
+            self.nodes.insert(name.into(), node);
+        }
         let instance = self.machine(name)?.instance.clone();
         let enis: Vec<Eni> = self.fabric.world(|world| world.enis_of(&instance).into_iter().cloned().collect());
         for eni in enis {
@@ -161,8 +185,11 @@ impl Lab {
             0 => format!("ens{}", 5 + at.device_number),
             card => format!("enp{card}s{}", 5 + at.device_number),
         };
-        let node = self.node(name)?;
-        self.fabric.plug(Port::Eni(eni.id.clone()), Cable::plug_into(node, &link, eni.mac)?)?;
+        let port = Port::Eni(eni.id.clone());
+        match &self.machine(name)?.cards {
+            Some(folder) => self.fabric.plug(port, Card::create(folder, eni.mac)?)?,
+            None => self.fabric.plug(port, Cable::plug_into(self.node(name)?, &link, eni.mac)?)?,
+        }
         let is_primary = self.fabric.world(|world| world.instance(&at.instance).is_ok_and(|i| i.primary == eni.id));
         let machine = self.machines.get_mut(name).with_context(|| format!("there is no instance {name}"))?;
         machine.links.insert(eni.id.clone(), link.clone());
@@ -246,7 +273,7 @@ impl Lab {
 
     pub fn start_instance(&mut self, name: &str) -> Result<()> {
         let instance = self.machine(name)?.instance.clone();
-        ensure!(!self.nodes.contains_key(name), "IncorrectInstanceState: {name} is running");
+        ensure!(!self.is_running(name)?, "IncorrectInstanceState: {name} is running");
         self.fabric.world(|world| world.start_instance(&instance))?;
         self.published(name)?.publish_without_delay(&self.fabric.world(|world| view(world, &instance))?);
         self.boot(name)
@@ -264,7 +291,7 @@ impl Lab {
     pub fn attach_network_interface(&mut self, eni: &str, name: &str, card: u32, device: u32) -> Result<()> {
         let instance = self.machine(name)?.instance.clone();
         self.fabric.world(|world| world.attach_network_interface(eni, &instance, card, device))?;
-        if self.nodes.contains_key(name) {
+        if self.is_running(name)? {
             let eni = self.fabric.world(|world| world.eni(eni).cloned())?;
             self.plug(name, &eni, false)?;
         }
@@ -534,6 +561,11 @@ impl Lab {
     /// Makes these exchanges.
     pub fn probe(&self, probes: &[Probe], patience: Duration) -> Result<Vec<Outcome>> {
         probe_all(&self.nodes, probes, patience, |nonce| self.echoes.values().find_map(|echo| echo.pinged_by(nonce)))
+    }
+
+    fn is_running(&self, name: &str) -> Result<bool> {
+        let instance = &self.machine(name)?.instance;
+        self.fabric.world(|world| Ok(world.instance(instance)?.is_running))
     }
 
     fn machine(&self, name: &str) -> Result<&Machine> {

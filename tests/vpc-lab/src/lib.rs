@@ -1,6 +1,7 @@
 //! A VPC in a box.
 
 pub mod cable;
+pub mod card;
 pub mod check;
 pub mod demo;
 pub mod dhcp;

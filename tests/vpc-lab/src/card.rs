@@ -1,0 +1,73 @@
+//! A card: the network card of a virtual machine, and the fabric's end of it. Both are datagram sockets with a name, QEMU's
+//! (`-netdev dgram`) and the fabric's, and a datagram is a frame: no link of this machine has a part in it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::fabric::End;
+use crate::kernel;
+use crate::vpc::Mac;
+
+/// Frames that wait at a socket; the kernel's own choice is 10.
+const QUEUE: &str = "4096";
+
+pub struct Card {
+    socket: UnixDatagram,
+    names: Names,
+}
+
+/// Where the two sockets of a card are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Names {
+    pub fabric: PathBuf,
+    /// QEMU makes it when the card is plugged in.
+    pub machine: PathBuf,
+}
+
+impl Names {
+    /// In the machine's folder, by the card's station address.
+    pub fn of(folder: &Path, mac: Mac) -> Names {
+        let name = mac.to_string().replace(':', "");
+        Names { fabric: folder.join(format!("{name}.fabric")), machine: folder.join(format!("{name}.machine")) }
+    }
+}
+
+impl Card {
+    pub fn create(folder: &Path, mac: Mac) -> Result<Card> {
+        // It counts for the sockets that are made after it, also by whoever is started from here.
+        kernel::sysctl("unix/max_dgram_qlen", QUEUE)?;
+        let names = Names::of(folder, mac);
+        let socket = UnixDatagram::bind(&names.fabric).with_context(|| format!("making {}", names.fabric.display()))?;
+        socket.set_nonblocking(true)?;
+        Ok(Card { socket, names })
+    }
+}
+
+impl End for Card {
+    fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        self.socket.recv(frame)
+    }
+
+    /// Fails while the machine does not have the card.
+    fn write(&self, frame: &[u8]) -> io::Result<()> {
+        self.socket.send_to(frame, &self.names.machine).map(|_| ())
+    }
+}
+
+impl AsFd for Card {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        // The folder may be gone already.
+        let _ = fs::remove_file(&self.names.fabric);
+    }
+}
