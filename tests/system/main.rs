@@ -1,6 +1,7 @@
 //! The package on a real Debian with its own systemd and udev, in an instance of the VPC in a box. `tests/system/run` prepares
 //! what is needed and calls this.
 
+mod migration;
 mod system;
 
 use std::time::Duration;
