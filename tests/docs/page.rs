@@ -139,7 +139,7 @@ impl Block {
 const BEFORE: [&str; 14] =
     ["sudo", "exec", "if", "then", "else", "elif", "while", "until", "do", "!", "time", "nice", "-", "timeout"];
 
-/// The call of eniup that a piece of a line is.
+/// The call of eniup that a piece of a line is. A name alone is none.
 pub fn command(piece: &str) -> Option<Vec<String>> {
     let piece = piece.trim();
     let piece = match piece.split_once('=') {
@@ -152,14 +152,14 @@ pub fn command(piece: &str) -> Option<Vec<String>> {
     let words = words.skip_while(is_before).take_while(|word| !word.contains(['<', '>']));
     let words: Vec<String> = words.map(String::from).collect();
     let program = words.first()?.rsplit('/').next()?;
-    (program == "eniup").then_some(words)
+    (program == "eniup" && words.len() > 1).then_some(words)
 }
 
 #[test]
 fn commands_are_found_wherever_they_stand() {
     let text = "sudo eniup plan | head\nif ! eniup wait --ip \"$a\" >/dev/null; then x=$(eniup status); fi\n\
                 ExecStartPre=/usr/bin/eniup wait \\\n  --ip A\ntimeout 9 eniup watch & # eniup no\n# eniup no\n\
-                validate: eniup config check\n- [eniup, wait, --ip, A]\n";
+                validate: eniup config check\n- [eniup, wait, --ip, A]\n- name: eniup\n";
     let block = Block { place: String::new(), words: Vec::new(), text: text.into() };
     let found: Vec<String> = block.commands().iter().map(|words| words.join(" ")).collect();
     let expected = [
