@@ -106,21 +106,31 @@ fn ensure_taken_over(system: &System) -> Result<()> {
 #[test]
 fn whoever_comes_from_amazon_ec2_net_utils_is_reached_all_the_time_there_and_back() {
     vpc_lab::inside(|| {
-        let system = System::boot(Installed::No)?;
+        let mut system = System::boot(Installed::No)?;
         net_utils(&system)?;
         system.run(&["systemctl", "start", "systemd-networkd"])?;
         system.wait(PATIENCE, "the second ENI", |system| system.answers(SECOND))?;
-        let unmanaged = format!("[Match]\nMACAddress={}\n\n[Link]\nUnmanaged=yes\n", mac(&system, "ens6")?);
+        let narrow = "/etc/systemd/network/80-ec2.network.d/primary.conf";
         let there = gaps(&system, || {
             take_over(&system)?;
-            system.write("/etc/systemd/network/01-eniup-ens6.network", &unmanaged)?;
+            system.write(narrow, &format!("[Match]\nMACAddress={}\n", mac(&system, "ens5")?))?;
             system.run(&["rm", "-r", NET_UTILS, &format!("{NET_UTILS}.d")])?;
             system.run(&["networkctl", "reload"])?;
             ensure_taken_over(&system)
         })?;
         ensure_short(&there, "there")?;
+
+        // As after a reboot: the primary has the package's file alone.
+        system.run(&["sh", "-c", "rm -r /run/systemd/network/70-ens5.network*"])?;
+        system.run(&["networkctl", "reload"])?;
+        let third = system.attach()?;
+        system.wait(PATIENCE, "an ENI that comes later", |system| system.answers(&third.address))?;
+        let defaults = system.says(&["ip", "route", "show", "default"])?;
+        ensure!(defaults.lines().count() == 1 && defaults.contains("dev ens5"), "{defaults}");
+        system.detach(&third)?;
+
         let back = gaps(&system, || {
-            system.run(&["rm", "/etc/systemd/network/01-eniup-ens6.network"])?;
+            system.run(&["rm", narrow])?;
             of_net_utils(&system, "ens6", 513)?;
             system.run(&["networkctl", "reload"])?;
             system.wait(PATIENCE, "its rule", |system| Ok(system.says(&["ip", "rule"])?.contains("lookup 10001")))?;
