@@ -51,6 +51,7 @@ pub mod status;
 pub mod stderr;
 pub mod tally;
 pub mod trial;
+pub mod typo;
 pub mod wait;
 pub mod watch;
 pub mod whole_file;

@@ -13,6 +13,7 @@ use crate::operation::Operation;
 use crate::place::find_link;
 use crate::plan::{Plan, Step};
 use crate::policy;
+use crate::typo;
 
 /// What is waited for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -125,7 +126,8 @@ pub fn of_eni(id: &str, attached: &Attached, plan: &Plan, observed: &Observed, c
         None => {
             let known = known_ids(attached);
             let shown: Vec<&str> = known.iter().copied().take(SHOWN).collect();
-            Readiness::Waits(format!("metadata has no such ENI; it has {}", shown.join(", ")))
+            let hint = typo::hint(id, known.iter().copied());
+            Readiness::Waits(format!("metadata has no such ENI; it has {}{hint}", shown.join(", ")))
         }
     }
 }

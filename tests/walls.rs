@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 46] = [
+const FLOW: [&str; 47] = [
     "net",
     "config",
     "eni",
@@ -23,6 +23,7 @@ const FLOW: [&str; 46] = [
     "plan",
     "fib",
     "explain",
+    "typo",
     "readiness",
     "tally",
     "whole_file",
@@ -55,7 +56,7 @@ const FLOW: [&str; 46] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 25] = [
+const PURE: [&str; 26] = [
     "net",
     "config",
     "eni",
@@ -73,6 +74,7 @@ const PURE: [&str; 25] = [
     "plan",
     "fib",
     "explain",
+    "typo",
     "readiness",
     "snapshot",
     "doctor",

@@ -9,36 +9,20 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::time::Instant;
 
+use super::help;
 use crate::config::Config;
 use crate::fib::Packet;
 use crate::net::{Link, Observed};
 use crate::policy;
 use crate::readiness::{self, Target};
-
-const EXAMPLES: &str = "\
-Examples:
-  eniup plan                  what would change, as ip(8) commands; changes nothing
-  sudo eniup reconcile        make the kernel agree with instance metadata
-  sudo eniup reconcile --confirm 60   the same, and undo it after 60 s unless somebody types:
-  sudo eniup confirm          keep what the run on trial did
-  eniup status                every ENI, as metadata and the kernel have it
-  eniup explain --from 10.0.1.20 --to 192.0.2.7
-                              which way such a packet goes, why, and whether the VPC takes it
-  eniup wait --ip 10.0.1.77   until that address is configured, for scripts that move one here
-  eniup doctor                what is wrong on this machine, and what to do about it
-  sudo eniup release          take away everything that eniup added
-  eniup snapshot -o FILE      all that eniup looks at, for a bug report; `eniup plan --snapshot FILE` looks at it again
-
-Exit codes:
-  0 ok   1 failed   2 differences (with --detailed-exitcode)   3 an ENI is pending or failed, the others are done
-  64 usage   69 metadata unavailable   75 another run is busy or on trial   77 needs CAP_NET_ADMIN   78 bad configuration";
+use crate::typo;
 
 /// Makes every elastic network interface (ENI) of an EC2 instance work.
 ///
 /// Reads instance metadata (IMDSv2) and makes the kernel agree by netlink: links up, addresses, source-based policy
 /// routing. A packet whose source address belongs to an ENI leaves by that ENI; the primary ENI stays as it is.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLES, max_term_width = 120)]
+#[command(version, after_help = help::ENIUP, max_term_width = 120)]
 pub(super) struct Cli {
     #[command(subcommand)]
     pub(super) command: Command,
@@ -106,6 +90,7 @@ impl Color {
 #[derive(Subcommand)]
 pub(super) enum Command {
     /// Make the kernel agree with metadata; what boot, udev and the timer run.
+    #[command(after_help = help::RECONCILE)]
     Reconcile {
         /// Only print what would change, like `eniup plan`.
         #[arg(long)]
@@ -130,11 +115,13 @@ pub(super) enum Command {
         timeout: Timeout,
     },
     /// Keep what `eniup reconcile --confirm` has done, which is rolled back otherwise.
+    #[command(after_help = help::CONFIRM)]
     Confirm {
         #[command(flatten)]
         timeout: Timeout,
     },
     /// Print what would change, as ip(8) commands; changes nothing and needs no privilege.
+    #[command(after_help = help::PLAN)]
     Plan {
         /// Read metadata from a saved snapshot: a JSON object whose `leaves` maps metadata paths to their text. If it
         /// is another machine's, the plan is for a fresh one with its links named eth0, eth1, …
@@ -152,6 +139,7 @@ pub(super) enum Command {
         timeout: Timeout,
     },
     /// Show every ENI as metadata and the kernel have it.
+    #[command(after_help = help::STATUS)]
     Status {
         #[command(flatten)]
         saved: Saved,
@@ -163,7 +151,7 @@ pub(super) enum Command {
     },
     /// Tell which way a packet goes and why: rule by rule, as the model and the kernel have it, whether the VPC takes it, and
     /// where a reply comes in. Changes nothing and needs no privilege.
-    #[command(after_help = EXPLAIN_EXAMPLES)]
+    #[command(after_help = help::EXPLAIN)]
     Explain {
         #[command(flatten)]
         question: Question,
@@ -177,6 +165,7 @@ pub(super) enum Command {
     },
     /// Stay, and keep it so: repairs what others undo as soon as the kernel tells of it, and asks metadata now and then. Ends
     /// by SIGTERM or SIGINT, reads its configuration anew on SIGHUP, and tells systemd how it is (Type=notify).
+    #[command(after_help = help::WATCH)]
     Watch {
         /// Between two readings of metadata. Without it 2s, or longer where that would cost more than a thousandth of a core.
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
@@ -188,6 +177,7 @@ pub(super) enum Command {
     },
     /// Wait until an address or an ENI is configured, whoever configures it, and say so: for scripts that move one here. Changes
     /// nothing and needs no privilege. Exits with 3 when the time is over, and at once with 1 when waiting does not help.
+    #[command(after_help = help::WAIT)]
     Wait {
         #[command(flatten)]
         target: WaitFor,
@@ -196,6 +186,7 @@ pub(super) enum Command {
     },
     /// Look for what commonly goes wrong on a machine with several ENIs, with what to do about each. Changes nothing and needs
     /// no privilege; exits with 1 if something fails.
+    #[command(after_help = help::DOCTOR)]
     Doctor {
         #[command(flatten)]
         saved: Saved,
@@ -207,6 +198,7 @@ pub(super) enum Command {
     },
     /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration. For bug reports,
     /// and for the commands with --snapshot. Needs no privilege; no secret is in it.
+    #[command(after_help = help::SNAPSHOT)]
     Snapshot {
         /// The file; without it stdout.
         #[arg(short, long, value_name = "FILE")]
@@ -218,6 +210,7 @@ pub(super) enum Command {
         timeout: Timeout,
     },
     /// Take away everything that eniup added, and nothing else; asks no metadata.
+    #[command(after_help = help::RELEASE)]
     Release {
         /// Only print what would be taken away.
         #[arg(long)]
@@ -227,15 +220,17 @@ pub(super) enum Command {
     },
     /// Look at the configuration: /etc/eniup/config.toml, then the drop-ins config.d/*.toml in /usr/lib/eniup,
     /// /run/eniup and /etc/eniup by the order of their names. None of them needs to be there.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::CONFIG)]
     Config(ConfigCommand),
 }
 
 #[derive(Subcommand)]
 pub(super) enum ConfigCommand {
     /// Say everything that is wrong with the configuration files, or that nothing is.
+    #[command(after_help = help::CONFIG_CHECK)]
     Check,
     /// Print what is in effect, as a configuration file, and where each value was written.
+    #[command(after_help = help::CONFIG_SHOW)]
     Show {
         /// Print JSON.
         #[arg(long)]
@@ -284,14 +279,6 @@ impl WaitFor {
         self.ip.map(Target::Address).or_else(|| self.eni.clone().map(Target::Eni))
     }
 }
-
-const EXPLAIN_EXAMPLES: &str = "\
-Examples:
-  eniup explain --from 10.0.1.20                   what an ENI's address sends to the internet
-  eniup explain --to 10.0.9.9                      what a program sends that binds to no address
-  eniup explain --from 10.0.1.20 --to 172.17.0.2   what it answers to a container
-  eniup explain --oif ens6 --to 192.0.2.7          what curl --interface ens6 sends
-  eniup explain --iif docker0 --from 10.0.1.97     what a container with a delegated address sends";
 
 #[derive(Args)]
 #[group(required = true, multiple = true)]
@@ -345,7 +332,8 @@ fn find_by_name(observed: &Observed, name: &String) -> Result<u32> {
     let is_it = |link: &&Link| link.name == *name || link.altnames.contains(name);
     let link = observed.links.values().find(is_it).with_context(|| {
         let names: Vec<&str> = observed.links.values().map(|link| link.name.as_str()).collect();
-        format!("there is no link {name}; there are {}", names.join(", "))
+        let hint = typo::hint(name, names.iter().copied());
+        format!("there is no link {name}; there are {}{hint}", names.join(", "))
     })?;
     Ok(link.index)
 }

@@ -40,7 +40,9 @@ fn find(tool: &str) -> Result<OsString, String> {
 }
 
 fn prepare(tool: &str) -> Result<OsString, String> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/prepare");
+    // The tests of the workspace's other members use it, too.
+    let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|folder| folder.join("tests/prepare"));
+    let script = folders.find(|script| script.is_file()).ok_or("tests/prepare is not here")?;
     // A sandbox has no network to get anything by.
     if vpc_lab::sandbox::is_inside() {
         return Err(format!("the tests need {tool}: run {} {} {tool}", script.display(), tools().display()));

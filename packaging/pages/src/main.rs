@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     command.build();
     write_pages(&command, "eniup", &folder)?;
     let page = roff::page("eniup.toml", "5", "configuration of eniup", CONFIGURATION);
-    fs::write(folder.join("eniup.toml.5"), page).context("writing eniup.toml.5")
+    fs::write(folder.join("eniup.toml.5"), roff::to_ascii(&page)).context("writing eniup.toml.5")
 }
 
 /// The page of a command, and those of the commands below it.
@@ -42,13 +42,22 @@ fn write_pages(command: &Command, name: &str, folder: &Path) -> Result<()> {
         Man::new(shown).title(name).section("8").manual("eniup").source(format!("eniup {}", env!("CARGO_PKG_VERSION")));
     let mut page = Vec::new();
     man.render(&mut page).context("making a page")?;
-    page.write_all(if is_top { ENIUP_END.as_bytes() } else { b".SH SEE ALSO\neniup(8), eniup.toml(5)\n" })?;
+    let end = match is_top {
+        true => ENIUP_END.into(),
+        false => roff::sections(&after_help(command)) + ".SH SEE ALSO\neniup(8), eniup.toml(5)\n",
+    };
+    page.write_all(end.as_bytes())?;
     let path = folder.join(format!("{name}.8"));
-    fs::write(&path, page).with_context(|| format!("writing {}", path.display()))?;
+    let page = String::from_utf8(page).context("a page is not UTF-8")?;
+    fs::write(&path, roff::to_ascii(&page)).with_context(|| format!("writing {}", path.display()))?;
     for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
         write_pages(below, &format!("{name}-{}", below.get_name()), folder)?;
     }
     Ok(())
+}
+
+fn after_help(command: &Command) -> String {
+    command.get_after_help().map(|help| help.to_string()).unwrap_or_default()
 }
 
 fn hide_global(shown: Command, command: &Command) -> Command {

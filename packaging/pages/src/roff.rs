@@ -18,6 +18,26 @@ pub fn page(name: &str, section: &str, about: &str, markdown: &str) -> String {
     page
 }
 
+/// Sections of text that is set in columns: a heading ends in a colon, and an empty line ends a section.
+pub fn sections(text: &str) -> String {
+    let mut page = String::new();
+    for section in text.split("\n\n").filter(|section| !section.is_empty()) {
+        let (heading, lines) = section.split_once(":\n").unwrap_or(("", section));
+        page += &format!(".SH {}\n.EX\n", escape(&heading.to_uppercase()));
+        for line in lines.lines() {
+            page += &format!("{}\n", protect(&escape(line.strip_prefix("  ").unwrap_or(line))));
+        }
+        page += ".EE\n";
+    }
+    page
+}
+
+/// Letters beyond ASCII by their numbers, since only some readers of manual pages take them as they are.
+pub fn to_ascii(page: &str) -> String {
+    let named = |letter: char| format!("\\[u{:04X}]", u32::from(letter));
+    page.chars().map(|letter| if letter.is_ascii() { letter.to_string() } else { named(letter) }).collect()
+}
+
 fn block(line: &str) -> String {
     if let Some(heading) = line.strip_prefix("## ") {
         format!(".SH {}\n", escape(&heading.to_uppercase()))
@@ -77,7 +97,7 @@ fn link(text: &str) -> Option<(&str, &str, &str)> {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('\\', "\\e").replace('-', "\\-").replace("**", "").replace('…', "...")
+    text.replace('\\', "\\e").replace('-', "\\-").replace("**", "")
 }
 
 /// A line that begins with a dot or an apostrophe would be a command.
