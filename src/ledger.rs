@@ -40,6 +40,19 @@ pub struct Ledger {
     /// What metadata does not tell of any more, and since when.
     #[serde(default)]
     pub sightings: BTreeSet<Sighting>,
+    /// What the last run could not bring about, by the ENI's id (or MAC).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub troubles: BTreeMap<String, Noted>,
+}
+
+/// Why an ENI is not as it should be, and since when.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Noted {
+    pub why: String,
+    /// Seconds since 1970.
+    pub since: u64,
+    /// Waiting does not help.
+    pub is_failed: bool,
 }
 
 /// How a link was found when it was first set, and the names it was given since.
@@ -95,6 +108,16 @@ impl Ledger {
             }
         }
         ledger
+    }
+
+    /// The ledger after a run with these troubles. One that was there before is as old as it was.
+    pub fn with_troubles(&self, troubles: impl Iterator<Item = (String, Noted)>) -> Ledger {
+        let aged = |(eni, noted): (String, Noted)| {
+            let known = self.troubles.get(&eni).filter(|known| known.why == noted.why);
+            let since = known.map_or(noted.since, |known| known.since);
+            (eni, Noted { since, ..noted })
+        };
+        Ledger { troubles: troubles.map(aged).collect(), ..self.clone() }
     }
 
     /// The same, with the mark back on addresses of ours from which the kernel has lost it. `IFA_PROTO` is there since

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use tokio::time::{Instant, sleep_until};
@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::desired::{Desired, desired};
 use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
-use crate::ledger::{self, Ledger};
+use crate::ledger::{self, Ledger, Noted};
 use crate::lock;
 use crate::machine_files;
 use crate::metadata::{self, Tree};
@@ -187,6 +187,7 @@ async fn settle(
     if options.is_hotplug {
         report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
     }
+    note_troubles(&report, all.primary, options);
     Ok((report, attached))
 }
 
@@ -395,6 +396,20 @@ async fn converge(
 fn note_in_ledger(ledger: &Ledger, plan: &Plan, observed: &Observed, options: &Options) {
     let noted = ledger.noting(&plan.steps, observed);
     if noted != *ledger {
+        ledger::save(&noted, &options.directory);
+    }
+}
+
+/// For `status`: what is not so, and since when.
+fn note_troubles(report: &Report, primary: MacAddr, options: &Options) {
+    let ledger = ledger::load(&options.directory).of(primary);
+    let since = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+    let noted = |(eni, trouble): (&String, &Trouble)| {
+        let is_failed = trouble.state == State::Failed;
+        (eni.clone(), Noted { why: trouble.why.clone(), since, is_failed })
+    };
+    let noted = ledger.with_troubles(report.troubles.iter().map(noted));
+    if noted != ledger {
         ledger::save(&noted, &options.directory);
     }
 }

@@ -16,6 +16,7 @@ use crate::ledger::Ledger;
 use crate::markers::Files;
 use crate::metadata::{Fault, SavedTree, Tree, lines};
 use crate::net::Observed;
+use crate::trial::Notice;
 
 /// Raised when a key changes its meaning or goes away; keys may be added at any time.
 const SCHEMA: u32 = 1;
@@ -43,6 +44,9 @@ pub struct Snapshot {
     pub observed: Observed,
     pub configuration: Vec<SavedFile>,
     pub ledger: Ledger,
+    /// How the last run on trial stands, while that matters.
+    #[serde(default)]
+    pub trial: Option<Notice>,
     /// What others left.
     pub files: Files,
 }
@@ -72,6 +76,7 @@ pub struct Taken {
     pub observed: Observed,
     pub configuration: Vec<File>,
     pub ledger: Ledger,
+    pub trial: Option<Notice>,
     pub files: Files,
 }
 
@@ -89,7 +94,8 @@ impl std::error::Error for NoMetadata {}
 
 impl Snapshot {
     pub fn new(taken: Taken) -> Snapshot {
-        let Taken { kernel, taken_at, uptime, tree, imds_endpoint, observed, configuration, ledger, files } = taken;
+        let Taken { kernel, taken_at, uptime, tree, imds_endpoint, observed, configuration, ledger, trial, files } =
+            taken;
         let (metadata, failure) = match tree {
             Ok(tree) => (tree.save(), None),
             Err(failure) => (SavedTree::default(), Some(failure)),
@@ -108,6 +114,7 @@ impl Snapshot {
             observed,
             configuration: configuration.iter().map(SavedFile::from).collect(),
             ledger,
+            trial,
             files,
         }
     }

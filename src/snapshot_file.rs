@@ -17,6 +17,7 @@ use crate::metadata::Tree;
 use crate::net::Observed;
 use crate::netlink::Netlink;
 use crate::snapshot::{Snapshot, Taken};
+use crate::trial::{self, Notice};
 use crate::whole_file;
 
 /// Bytes. The whole tree of the largest instance is below one MiB; a device that never ends is no snapshot.
@@ -36,10 +37,12 @@ pub async fn take(
     let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
     let tree = read_tree(endpoint, deadline, config, &observed).await;
     let uptime = fs::read_to_string("/proc/uptime").ok();
+    let uptime: Option<f64> = uptime.and_then(|text| text.split(' ').next()?.parse().ok());
     let snapshot = Snapshot::new(Taken {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|text| text.trim().into()),
         taken_at: SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
-        uptime: uptime.and_then(|text| text.split(' ').next()?.parse().ok()),
+        uptime,
+        trial: uptime.and_then(|uptime| notice(&observed, uptime, directory)),
         tree: tree.as_ref().map(Tree::clone).map_err(|error| (error.fault(), error.to_string())),
         imds_endpoint: endpoint.map(String::from),
         observed,
@@ -48,6 +51,12 @@ pub async fn take(
         files: machine_files::read(Path::new("/")),
     });
     Ok((snapshot, tree.err()))
+}
+
+fn notice(observed: &Observed, uptime: f64, directory: &Path) -> Option<Notice> {
+    let trial = trial::load(directory).ok()??;
+    let is_ours = trial.is_of_machine(&observed.links);
+    is_ours.then(|| Notice::of(trial.standing((uptime * 1000.0) as u64)))?
 }
 
 async fn read_tree(

@@ -1,19 +1,28 @@
 //! Both sides of every ENI, metadata's and the kernel's, for people as text and for programs as JSON.
 
+// A length of time, no clock.
+use core::time::Duration;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::desired::desired;
 use crate::eni::{Attached, Eni, Slot};
+use crate::ledger::Noted;
 use crate::metadata::{self, Tree};
 use crate::net::{Address, Family, Link, MacAddr, Observed};
 use crate::place::find_link;
-use crate::plan::Plan;
+use crate::plan::{Plan, plan};
 use crate::policy;
 use crate::reconcile::preview_troubles;
 use crate::report::{Exit, State, Trouble};
+use crate::selection::select;
+use crate::snapshot::Snapshot;
+use crate::trial::Notice;
 
 /// Raised when a key changes its meaning or goes away; keys may be added at any time.
 const SCHEMA: u32 = 1;
@@ -21,6 +30,10 @@ const SCHEMA: u32 = 1;
 #[derive(Serialize, Debug)]
 pub struct Status {
     pub schema: u32,
+    /// Seconds since 1970.
+    pub taken_at: u64,
+    /// How the last run on trial stands, while that matters.
+    pub trial: Option<Notice>,
     pub enis: Vec<EniStatus>,
     /// Changes that a run would make and that belong to no single ENI.
     pub drift: Vec<String>,
@@ -36,6 +49,8 @@ pub struct EniStatus {
     pub is_primary: bool,
     pub state: State,
     pub why: Option<String>,
+    /// Seconds since 1970: from then on runs found it so.
+    pub since: Option<u64>,
     #[serde(flatten)]
     pub slot: Option<Slot>,
     pub link: Option<LinkStatus>,
@@ -69,22 +84,60 @@ pub struct AddressStatus {
     pub is_ours: bool,
 }
 
+/// Both sides, and what runs have noted.
+#[derive(Clone, Copy)]
+pub struct Sides<'a> {
+    pub tree: &'a Tree,
+    pub attached: &'a Attached,
+    pub observed: &'a Observed,
+    pub plan: &'a Plan,
+    pub config: &'a Config,
+    pub troubles: &'a BTreeMap<String, Noted>,
+    pub trial: Option<&'a Notice>,
+    /// Seconds since 1970.
+    pub taken_at: u64,
+}
+
+/// Of a snapshot, which may be one of this very moment.
+///
+/// # Errors
+/// It has no metadata, or none that can be used.
+pub fn of_snapshot(snapshot: &Snapshot, config: &Config) -> Result<Status> {
+    let (observed, tree) = (snapshot.observed(config.mark), snapshot.tree()?);
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &snapshot.files, config);
+    let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
+    let troubles = snapshot.ledger.clone().of(attached.primary).troubles;
+    Ok(status(&Sides {
+        tree: &tree,
+        attached: &attached,
+        observed: &observed,
+        plan: &plan,
+        config,
+        troubles: &troubles,
+        trial: snapshot.trial.as_ref(),
+        taken_at: snapshot.taken_at,
+    }))
+}
+
 /// Puts both sides together.
-pub fn status(tree: &Tree, attached: &Attached, observed: &Observed, plan: &Plan, config: &Config) -> Status {
+pub fn status(sides: &Sides) -> Status {
+    let Sides { attached, plan, trial, taken_at, .. } = *sides;
     let mut enis: Vec<EniStatus> = Vec::new();
     for (mac, eni) in &attached.ready {
-        enis.push(eni_status(*mac, Some(eni), tree, attached, observed, plan, config));
+        enis.push(eni_status(*mac, Some(eni), sides));
     }
     for mac in attached.pending.keys() {
-        enis.push(eni_status(*mac, None, tree, attached, observed, plan, config));
+        enis.push(eni_status(*mac, None, sides));
     }
     for (mac, ignored) in &attached.ignored {
-        enis.push(eni_status(*mac, ignored.ready(), tree, attached, observed, plan, config));
+        enis.push(eni_status(*mac, ignored.ready(), sides));
     }
     enis.sort_by_key(|eni| (!eni.is_primary, eni.slot.is_none(), eni.slot, eni.mac));
     let machine = plan.steps.iter().filter(|step| step.eni.is_none());
     Status {
         schema: SCHEMA,
+        taken_at,
+        trial: trial.cloned(),
         enis,
         drift: machine.map(|step| step.operation.to_string()).collect(),
         malformed: attached.malformed.clone(),
@@ -92,34 +145,25 @@ pub fn status(tree: &Tree, attached: &Attached, observed: &Observed, plan: &Plan
     }
 }
 
-fn eni_status(
-    mac: MacAddr,
-    eni: Option<&Eni>,
-    tree: &Tree,
-    attached: &Attached,
-    observed: &Observed,
-    plan: &Plan,
-    config: &Config,
-) -> EniStatus {
-    let ignored = attached.ignored.get(&mac);
-    let pending = attached.pending.get(&mac).or_else(|| ignored?.pending());
+fn eni_status(mac: MacAddr, eni: Option<&Eni>, sides: &Sides) -> EniStatus {
+    let Sides { tree, attached, observed, plan, config, .. } = *sides;
+    let pending = attached.pending.get(&mac).or_else(|| attached.ignored.get(&mac)?.pending());
     let id = eni.map(|eni| eni.id.clone()).or_else(|| pending.and_then(|pending| pending.id.clone()));
+    let steps = plan.steps.iter().filter(|step| step.eni.is_some() && step.eni == id);
+    let drift: Vec<String> = steps.map(|step| step.operation.to_string()).collect();
     let name = id.clone().unwrap_or_else(|| format!("ENI {mac}"));
-    let trouble =
-        preview_troubles(attached, plan).into_iter().find(|(eni, _)| *eni == name).map(|(_, trouble)| trouble);
-    let ignored = ignored.map(|ignored| Trouble { state: State::Ignored, why: ignored.by.clone() });
-    let trouble = ignored.or(trouble);
+    let (trouble, since) = trouble(mac, &name, !drift.is_empty(), sides).unzip();
     let details = metadata::details(tree, mac);
     let link = find_link(mac, observed).ok().flatten();
     let both = |f: fn(&Eni, Family) -> Vec<ipnet::IpNet>| -> Vec<String> {
         let nets = eni.into_iter().flat_map(|eni| Family::BOTH.into_iter().flat_map(|family| f(eni, family)));
         nets.map(|net| net.to_string()).collect()
     };
-    let drift = plan.steps.iter().filter(|step| step.eni.is_some() && step.eni == id);
     EniStatus {
         mac,
         is_primary: mac == attached.primary,
         state: trouble.as_ref().map_or(State::Ready, |trouble| trouble.state),
+        since: since.flatten(),
         why: trouble.map(|trouble| trouble.why).or_else(|| attached.shared.get(&mac).cloned()),
         slot: eni.map(|eni| eni.slot),
         link: link.map(|link| LinkStatus {
@@ -135,9 +179,27 @@ fn eni_status(
         subnet_id: details.subnet_id,
         vpc_id: details.vpc_id,
         security_groups: details.security_groups,
-        drift: drift.map(|step| step.operation.to_string()).collect(),
+        drift,
         id,
     }
+}
+
+/// Why an ENI is not as it should be or is left alone, and since when, as far as that is noted.
+fn trouble(mac: MacAddr, name: &str, has_drift: bool, sides: &Sides) -> Option<(Trouble, Option<u64>)> {
+    let Sides { attached, plan, troubles, .. } = *sides;
+    if let Some(ignored) = attached.ignored.get(&mac) {
+        return Some((Trouble { state: State::Ignored, why: ignored.by.clone() }, None));
+    }
+    let noted = troubles.get(name);
+    let told = preview_troubles(attached, plan).into_iter().find(|(eni, _)| eni == name);
+    if let Some((_, trouble)) = told {
+        let since = noted.filter(|noted| noted.why == trouble.why).map(|noted| noted.since);
+        return Some((trouble, since));
+    }
+    // What is to be done still, and was tried.
+    let failed = noted.filter(|noted| noted.is_failed && has_drift)?;
+    let why = format!("the last run could not bring it about: {}", failed.why);
+    Some((Trouble { state: State::Failed, why }, Some(failed.since)))
 }
 
 /// Metadata's addresses in its order, then what only the link has.
@@ -214,13 +276,16 @@ pub struct Text<'a> {
 
 impl fmt::Display for Text<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Status { schema: _, enis, drift, malformed, notes } = self.status;
+        let Status { schema: _, taken_at, trial, enis, drift, malformed, notes } = self.status;
         for eni in enis {
-            self.write_eni(f, eni)?;
+            self.write_eni(f, eni, *taken_at)?;
             writeln!(f)?;
         }
         for line in drift {
             writeln!(f, "would change: {}", plain(line))?;
+        }
+        if let Some(trial) = trial {
+            writeln!(f, "note: {}", plain(&trial.to_string()))?;
         }
         for line in malformed.iter().chain(notes) {
             writeln!(f, "note: {}", plain(line))?;
@@ -240,7 +305,7 @@ impl Text<'_> {
         if self.has_colour { format!("\x1b[{code}m{}\x1b[0m", plain(text)) } else { plain(text) }
     }
 
-    fn write_eni(&self, f: &mut fmt::Formatter, eni: &EniStatus) -> fmt::Result {
+    fn write_eni(&self, f: &mut fmt::Formatter, eni: &EniStatus, now: u64) -> fmt::Result {
         let colour = match eni.state {
             State::Ready => Colour::Good,
             State::Pending => Colour::Waiting,
@@ -249,7 +314,9 @@ impl Text<'_> {
         };
         let role = if eni.is_primary { "primary" } else { "secondary" };
         let id = self.paint(Colour::Bold, eni.id.as_deref().unwrap_or("(no id yet)"));
-        writeln!(f, "{id}  {role} ENI, {}", self.paint(colour, &eni.state.to_string()))?;
+        let length = |since| humantime::format_duration(Duration::from_secs(now.saturating_sub(since)));
+        let since = eni.since.map(|since| format!(" for {}", length(since))).unwrap_or_default();
+        writeln!(f, "{id}  {role} ENI, {}{since}", self.paint(colour, &eni.state.to_string()))?;
         for (label, value) in facts(eni) {
             writeln!(f, "  {label:15}  {}", plain(&value))?;
         }

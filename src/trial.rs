@@ -63,6 +63,58 @@ pub enum Standing {
     Superseded,
 }
 
+/// What people are told of a trial, while there is something to be told.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Notice {
+    pub state: NoticeState,
+    /// Why it was rolled back.
+    pub why: Option<String>,
+    /// For how long it may be confirmed.
+    pub seconds_left: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoticeState {
+    Waits,
+    Overdue,
+    RolledBack,
+}
+
+impl Notice {
+    pub fn of(standing: Standing) -> Option<Notice> {
+        let notice = |state| Notice { state, why: None, seconds_left: None };
+        match standing {
+            Standing::Waits(left) => {
+                Some(Notice { seconds_left: Some(left.as_secs() + 1), ..notice(NoticeState::Waits) })
+            }
+            Standing::Overdue => Some(notice(NoticeState::Overdue)),
+            Standing::RolledBack(why) => Some(Notice { why: Some(why), ..notice(NoticeState::RolledBack) }),
+            Standing::Confirmed | Standing::Superseded => None,
+        }
+    }
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let why = self.why.as_deref().unwrap_or("nobody knows why");
+        let left = self.seconds_left.unwrap_or_default();
+        match self.state {
+            NoticeState::Waits => write!(
+                f,
+                "the last run is on trial: in {left} s what it did is rolled back, unless you run `eniup confirm`"
+            ),
+            NoticeState::Overdue => {
+                write!(f, "the last run was on trial and was not confirmed in time: the next run rolls it back")
+            }
+            NoticeState::RolledBack => write!(
+                f,
+                "the last run was rolled back ({why}): nothing is done by itself until you run `eniup reconcile`"
+            ),
+        }
+    }
+}
+
 impl Trial {
     /// Of a run that has ended by then at the latest (milliseconds since boot).
     pub fn new(primary: MacAddr, window: Duration, begun: u64, ended: u64) -> Trial {

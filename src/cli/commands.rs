@@ -21,7 +21,7 @@ use crate::imds::{Imds, Scope, Surroundings};
 use crate::lock;
 use crate::machine_files;
 use crate::markers::Files;
-use crate::metadata::{self, Tree};
+use crate::metadata;
 use crate::net::Observed;
 use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
@@ -31,7 +31,7 @@ use crate::report::{Exit, Report};
 use crate::selection::select;
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
-use crate::status::{Status, status};
+use crate::status;
 use crate::wait;
 use crate::watch::{self, Watch};
 
@@ -79,8 +79,8 @@ pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<E
             print::plan(&attached, &plan, *detailed_exitcode, *json)
         }
         Command::Status { json, timeout, .. } => {
-            let (observed, tree, files) = ground.look(timeout).await?;
-            print::status(&make_status(&observed, &tree, &files, config)?, cli.global.color, *json)
+            let status = status::of_snapshot(&ground.look(timeout).await?, config)?;
+            print::status(&status, cli.global.color, *json)
         }
         Command::Explain { question, json, timeout, .. } => {
             let explanation = match &ground.saved {
@@ -175,16 +175,14 @@ impl Ground<'_> {
     }
 
     /// Both sides, with all that `status` shows.
-    async fn look(&self, timeout: &Timeout) -> Result<(Observed, Tree, Files)> {
+    async fn look(&self, timeout: &Timeout) -> Result<Snapshot> {
         let config = &self.settings.config;
         if let Some(saved) = &self.saved {
-            return Ok((saved.observed(config.mark), saved.tree()?, saved.files.clone()));
+            return Ok(saved.clone());
         }
-        let deadline = timeout.deadline(config);
-        let observed = reconcile::observe(config).await?;
-        let mut imds = Imds::connect(self.endpoint, &Surroundings::of(&observed), deadline).await?;
-        let tree = imds.snapshot(Scope::details(config)).await?;
-        Ok((observed, tree, machine_files::read_of_container_networks()))
+        let (deadline, directory) = (timeout.deadline(config), lock::runtime_directory());
+        let (snapshot, failure) = snapshot_file::take(self.endpoint, deadline, config, &self.files, &directory).await?;
+        failure.map_or(Ok(snapshot), |error| Err(error.into()))
     }
 
     async fn examine(self, timeout: &Timeout, is_json: bool) -> Result<Exit> {
@@ -256,12 +254,6 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     let attached = select(&attached, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
-}
-
-fn make_status(observed: &Observed, tree: &Tree, files: &Files, config: &Config) -> Result<Status> {
-    let attached = select(&metadata::attached(tree)?, tree, observed, files, config);
-    let plan = plan(&desired(&attached, config), observed, attached.primary, config);
-    Ok(status(tree, &attached, observed, &plan, config))
 }
 
 fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {

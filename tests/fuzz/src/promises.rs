@@ -13,7 +13,7 @@ use eniup::operation::Operation;
 use eniup::plan::{Plan, plan};
 use eniup::policy;
 use eniup::selection::select;
-use eniup::status::status;
+use eniup::status::{Sides, status};
 use ipnet::IpNet;
 
 use crate::model::apply;
@@ -60,7 +60,17 @@ pub fn one_run_converges(tree: &Tree, attached: &Attached, before: &Observed, co
         }
         assert!(!step.to_string().contains('\n'), "{step}");
     }
-    serde_json::to_string(&status(tree, &selected, before, &plan, config)).expect("status can be shown");
+    let sides = Sides {
+        tree,
+        attached: &selected,
+        observed: before,
+        plan: &plan,
+        config,
+        troubles: &Default::default(),
+        trial: None,
+        taken_at: 0,
+    };
+    serde_json::to_string(&status(&sides)).expect("status can be shown");
     apply(&mut after, &plan);
     let (_, _, again) = planned(tree, attached, &after, config);
     assert_eq!(again.steps, [], "after\n{plan:#?}");
