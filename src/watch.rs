@@ -28,6 +28,10 @@ const QUIET: Duration = Duration::from_millis(20);
 /// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
 const RATIO: u32 = 1000;
 
+/// Metadata is asked as often as the timer would, whatever it costs: on a machine that gets few turns time on a CPU is counted
+/// that it did not have.
+const RAREST: Duration = Duration::from_secs(30);
+
 /// Before metadata is asked again for what it is expected to tell of: an ENI whose link has come, or of which it has not told
 /// all. Half as long again each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -316,7 +320,7 @@ impl State<'_> {
     /// So long, or longer if asking has cost much.
     fn pause(&self, least: Duration) -> Duration {
         let cost = if self.watch.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
-        least.max(cost * RATIO)
+        pause_after(least, cost)
     }
 
     /// Makes the kernel agree with what was read last.
@@ -456,6 +460,11 @@ fn suspects() -> String {
     here.map(|(_, what)| format!("; {what}")).collect()
 }
 
+/// From one asking to the next: long enough that asking is cheap, and never rarer than the timer would.
+fn pause_after(least: Duration, cost: Duration) -> Duration {
+    least.max((cost * RATIO).min(RAREST))
+}
+
 /// Time that this process has been on a CPU; zero where the kernel does not tell.
 fn cpu_time() -> Duration {
     let read = fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
@@ -487,5 +496,19 @@ impl Signals {
             signal.recv().map(move |_| Event::Stop(name)).boxed_local()
         });
         select_all(stops.chain([reload])).await.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn asking_that_costs_much_is_rare_but_no_rarer_than_the_timer() {
+        let least = Duration::from_secs(2);
+        for (cost, pause) in [(1, 2), (5, 5), (29, 29), (900, 30)] {
+            assert_eq!(pause_after(least, Duration::from_millis(cost)), Duration::from_secs(pause), "{cost} ms");
+        }
+        assert_eq!(pause_after(Duration::from_secs(600), Duration::from_secs(1)), Duration::from_secs(600));
     }
 }
