@@ -58,10 +58,10 @@ pub struct Row {
 
 /// What a step may cost those who talk to the machine.
 #[derive(Clone, Copy)]
-pub enum Loss {
+pub enum Loss<'a> {
     Nothing,
-    /// It goes on after a silence that is reported, however long.
-    Silence,
+    /// These go on after a silence that is reported, however long; the others lose nothing.
+    Of(&'a [IpAddr]),
 }
 
 pub struct Attached {
@@ -234,25 +234,31 @@ impl Ground {
         let spec =
             |to: &IpAddr, kind| FlowSpec { from: "client".into(), bound: Bound::Nothing, to: *to, kind, every: EVERY };
         let specs: Vec<FlowSpec> = to.iter().flat_map(|to| kinds.map(|kind| spec(to, kind))).collect();
+        self.lab.fabric.forget_drops();
         let flows = Flows::start(&self.lab, &specs).with_context(|| format!("before {what}"))?;
         let note = act(self).with_context(|| what.to_string())?;
         self.settle().with_context(|| format!("after {what}"))?;
-        if matches!(loss, Loss::Silence) {
+        if matches!(loss, Loss::Of(_)) {
             self.until_answer(to, Duration::from_secs(60))?;
         }
         std::thread::sleep(Duration::from_secs(1));
         let reports = flows.finish();
         let row = self.row(what, &reports, note);
         self.rows.push(row);
-        let broken: Vec<String> = reports.iter().filter(|flow| !flow.is_whole()).map(ToString::to_string).collect();
-        match loss {
-            Loss::Nothing if !broken.is_empty() => bail!("{what}: {}\n{}", broken.join("; "), self.story()?),
-            Loss::Nothing | Loss::Silence => Ok(()),
+        let may_lose = |flow: &&FlowReport| matches!(loss, Loss::Of(those) if those.contains(&flow.spec.to));
+        let broken: Vec<&FlowReport> = reports.iter().filter(|flow| !flow.is_whole() && !may_lose(flow)).collect();
+        if !broken.is_empty() {
+            let broken = broken.into_iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+            let dropped = [self.lab.fabric.last_drops(), self.lab.overflows()?].concat().join("\n");
+            bail!("{what}: {broken}\ndropped by the VPC:\n{dropped}\n{}", self.story()?);
         }
+        Ok(())
     }
 
     fn row(&self, what: &str, reports: &[FlowReport], note: String) -> Row {
         let pings = || reports.iter().filter(|flow| flow.spec.kind == Kind::Icmp);
+        let losers = pings().filter(|flow| flow.lost() > 0).map(|flow| format!("{} {}", flow.spec.to, flow.lost()));
+        let note = Some(note).filter(|note| !note.is_empty()).into_iter().chain(losers).collect::<Vec<_>>().join(", ");
         Row {
             scenario: self.scenario.clone(),
             kernel: self.kernel.clone(),

@@ -165,11 +165,9 @@ fn ensure_same(ground: &mut Ground, before: &str, after_what: &str) -> Result<()
 
 /// Nothing of an address in rules and routes that are ours.
 fn ensure_gone(ground: &mut Ground, address: IpAddr) -> Result<()> {
-    let script = format!(
-        "ip rule; ip -6 rule; ip route show table all proto eniup; ip -6 route show table all proto eniup; ip addr"
-    );
+    let script = "ip rule; ip -6 rule; ip addr; for way in -4 -6; do ip $way route show table all proto 176; done";
     let left: Vec<String> = ground
-        .run(&script)?
+        .run(script)?
         .lines()
         .filter(|line| line.split([' ', '/']).any(|word| word == address.to_string()))
         .map(String::from)
@@ -318,12 +316,12 @@ fn networkd(ground: &mut Ground, _: &[Attached]) -> Result<()> {
         ("renew", "networkctl renew ens5"),
     ];
     for (what, script) in verbs {
-        ground.step(what, Loss::Silence, &all, |ground| ground.run(script).map(|_| String::new()))?;
+        ground.step(what, Loss::Of(&[primary()]), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
     ground.run("mkdir -p /etc/systemd/networkd.conf.d; : >/etc/systemd/networkd.conf.d/50-eniup.conf")?;
     for (what, script) in verbs {
         let what = format!("{what}, without the drop-in");
-        ground.step(&what, Loss::Silence, &all, |ground| ground.run(script).map(|_| String::new()))?;
+        ground.step(&what, Loss::Of(&all), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
     ensure_healthy(ground)
 }
@@ -332,9 +330,9 @@ fn networkd(ground: &mut Ground, _: &[Attached]) -> Result<()> {
 fn carrier(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let one = attached(ground, 1)?;
     let all = [primary(), one.ipv4, one.ipv6];
-    for device in [1, 0] {
+    for (device, cut_off) in [(1, &all[1..]), (0, &all[..1])] {
         let what = format!("the cable of device {device} is out for a second");
-        ground.step(&what, Loss::Silence, &all, |ground| {
+        ground.step(&what, Loss::Of(cut_off), &all, |ground| {
             ground.set_carrier(device, false)?;
             std::thread::sleep(Duration::from_secs(1));
             ground.set_carrier(device, true)?;
@@ -350,16 +348,16 @@ fn netplan(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let all = [primary(), one.ipv4, one.ipv6];
     let file = |ethernet: &str| format!("network:\n  version: 2\n  renderer: networkd\n  ethernets:\n{ethernet}");
     let cases = [
-        ("of the primary", file("    ens5:\n      dhcp4: true\n")),
-        ("of en*", file("    all:\n      match: {name: \"en*\"}\n      dhcp4: true\n      dhcp6: true\n")),
+        ("of the primary", &all[..1], file("    ens5:\n      dhcp4: true\n")),
+        ("of en*", &all[..], file("    all:\n      match: {name: \"en*\"}\n      dhcp4: true\n      dhcp6: true\n")),
     ];
     ground.run("rm /etc/systemd/network/10-primary.network; mkdir -p /etc/netplan")?;
-    for (what, text) in cases {
+    for (what, cut_off, text) in cases {
         ground.write("/etc/netplan/50-image.yaml", &text)?;
         ground.run("chmod 600 /etc/netplan/50-image.yaml")?;
         for again in ["", " again"] {
             let what = format!("netplan apply {what}{again}");
-            ground.step(&what, Loss::Silence, &all, |ground| ground.run("netplan apply").map(|_| String::new()))?;
+            ground.step(&what, Loss::Of(cut_off), &all, |ground| ground.run("netplan apply").map(|_| String::new()))?;
         }
     }
     ensure_healthy(ground)
@@ -373,7 +371,7 @@ fn network_manager(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let file = "/etc/NetworkManager/conf.d/90-eniup.conf";
     ground.write(file, &format!("[keyfile]\nunmanaged-devices=mac:{}\n", mac.trim()))?;
     ground.run("systemctl unmask NetworkManager NetworkManager-dispatcher")?;
-    ground.step("networkd goes, NetworkManager comes", Loss::Silence, &all, |ground| {
+    ground.step("networkd goes, NetworkManager comes", Loss::Of(&[primary()]), &all, |ground| {
         ground.run(
             "systemctl disable --now systemd-networkd.socket systemd-networkd; systemctl enable --now NetworkManager",
         )?;
@@ -384,14 +382,14 @@ fn network_manager(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     for (what, script) in
         [("nmcli connection up, the primary's", up.as_str()), ("restart", "systemctl restart NetworkManager")]
     {
-        ground.step(what, Loss::Silence, &all, |ground| ground.run(script).map(|_| String::new()))?;
+        ground.step(what, Loss::Of(&[primary()]), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
-    ground.step("it takes the second ENI, too", Loss::Silence, &all, |ground| {
+    ground.step("it takes the second ENI, too", Loss::Of(&all), &all, |ground| {
         ground
             .run(&format!("rm {file}; systemctl reload NetworkManager; nmcli device set ens6 managed yes; sleep 3"))
             .map(|_| String::new())
     })?;
-    ground.step("restart with the second ENI", Loss::Silence, &all, |ground| {
+    ground.step("restart with the second ENI", Loss::Of(&all), &all, |ground| {
         ground.run("systemctl restart NetworkManager").map(|_| String::new())
     })?;
     ensure_healthy(ground)
@@ -403,7 +401,7 @@ fn ifupdown(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let all = [primary(), one.ipv4, one.ipv6];
     ground.write("/etc/network/interfaces", "auto lo\niface lo inet loopback\nauto ens5\niface ens5 inet dhcp\n")?;
     ground.run("systemctl unmask networking")?;
-    ground.step("networkd goes, ifupdown comes", Loss::Silence, &all, |ground| {
+    ground.step("networkd goes, ifupdown comes", Loss::Of(&[primary()]), &all, |ground| {
         ground.run(
             "systemctl disable --now systemd-networkd.socket systemd-networkd; systemctl enable --now networking",
         )?;
@@ -412,7 +410,7 @@ fn ifupdown(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let verbs =
         [("restart", "systemctl restart networking"), ("ifdown and ifup of the primary", "ifdown ens5; ifup ens5")];
     for (what, script) in verbs {
-        ground.step(what, Loss::Silence, &all, |ground| ground.run(script).map(|_| String::new()))?;
+        ground.step(what, Loss::Of(&[primary()]), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
     ensure_healthy(ground)
 }

@@ -2,12 +2,12 @@
 //! (`-netdev dgram`) and the fabric's, and a datagram is a frame: no link of this machine has a part in it.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::fabric::End;
 use crate::kernel;
@@ -16,8 +16,12 @@ use crate::vpc::Mac;
 /// Frames that wait at a socket; the kernel's own choice is 10.
 const QUEUE: &str = "4096";
 
+/// Bytes of them.
+const WAITING: usize = 8 << 20;
+
 pub struct Card {
-    socket: UnixDatagram,
+    socket: Socket,
+    machine: SockAddr,
     names: Names,
 }
 
@@ -42,20 +46,24 @@ impl Card {
         // It counts for the sockets that are made after it, also by whoever is started from here.
         kernel::sysctl("unix/max_dgram_qlen", QUEUE)?;
         let names = Names::of(folder, mac);
-        let socket = UnixDatagram::bind(&names.fabric).with_context(|| format!("making {}", names.fabric.display()))?;
+        let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+        let own = SockAddr::unix(&names.fabric)?;
+        socket.bind(&own).with_context(|| format!("making {}", names.fabric.display()))?;
         socket.set_nonblocking(true)?;
-        Ok(Card { socket, names })
+        // What a machine that gets no turn has not read yet counts as the sender's.
+        kernel::set_send_queue(&socket, WAITING)?;
+        Ok(Card { socket, machine: SockAddr::unix(&names.machine)?, names })
     }
 }
 
 impl End for Card {
     fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
-        self.socket.recv(frame)
+        (&self.socket).read(frame)
     }
 
     /// Fails while the machine does not have the card.
     fn write(&self, frame: &[u8]) -> io::Result<()> {
-        self.socket.send_to(frame, &self.names.machine).map(|_| ())
+        self.socket.send_to(frame, &self.machine).map(|_| ())
     }
 }
 

@@ -507,7 +507,12 @@ impl Flow {
     }
 
     fn report(mut self) -> FlowReport {
-        if self.answered < self.sent {
+        // A silence in the middle was noted when it ended.
+        let is_silent = match self.spec.kind {
+            Kind::Tcp => self.answered < self.sent,
+            Kind::Udp | Kind::Icmp => self.open.last_key_value().is_some_and(|(number, _)| number + 1 == self.sent),
+        };
+        if is_silent {
             self.note_gap();
         }
         let Flow { spec, sent, answered, open, longest_gap, fault, faulty_since, .. } = self;

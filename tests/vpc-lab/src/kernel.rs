@@ -50,6 +50,15 @@ pub fn disable_offload(link: &str) -> Result<()> {
     }
 }
 
+/// Bytes that may wait until the other side has read them: as many as the user may have.
+pub fn set_send_queue(socket: &Socket2, bytes: usize) -> io::Result<()> {
+    match set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, bytes as libc::c_int) {
+        Ok(()) => Ok(()),
+        // Only the machine's own root may go above its limit.
+        Err(_) => socket.set_send_buffer_size(bytes),
+    }
+}
+
 /// Bytes that may wait to be read: as many as the user may have.
 pub fn set_receive_queue(socket: &Socket2, bytes: usize) -> io::Result<()> {
     match set_option(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes as libc::c_int) {
