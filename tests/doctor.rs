@@ -531,7 +531,9 @@ fn a_network_manager_is_named_with_the_line_that_keeps_it_off() {
             machine.write(&state(second), "[device]\nmanaged=unknown\n")?;
             machine.assert_passes("D-MANAGER")?;
             machine.write(&state(second), "[device]\nmanaged=true\n")?;
-            let fix = "unmanaged-devices+=mac:02:00:00:00:00:02";
+            let fix = "unmanaged-devices+=mac:02:00:00:00:00:02\\n' | \
+                       sudo tee /etc/NetworkManager/conf.d/eniup-eth02.conf && \
+                       sudo systemctl reload NetworkManager && sudo nmcli device set eth02 managed no";
             assert_finds(&machine.check("D-MANAGER")?, "warn", &["NetworkManager manages eth02"], fix)?;
 
             for (path, text, name, fix) in [

@@ -63,7 +63,8 @@ impl Owner {
             ),
             Owner::NetworkManager => format!(
                 "printf '[keyfile]\\nunmanaged-devices+=mac:{mac}\\n' | \
-                 sudo tee /etc/NetworkManager/conf.d/eniup-{name}.conf && sudo systemctl reload NetworkManager"
+                 sudo tee /etc/NetworkManager/conf.d/eniup-{name}.conf && sudo systemctl reload NetworkManager && \
+                 sudo nmcli device set {name} managed no"
             ),
             Owner::Ifupdown => format!("take `auto {name}` and `iface {name}` out of /etc/network/interfaces"),
             Owner::Dhcpcd => {
