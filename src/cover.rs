@@ -18,9 +18,11 @@ pub fn cover(own: &[IpNet], others: &[IpNet], within: IpNet) -> Vec<IpNet> {
     // Disjoint, or one that contains another would stand between it and its neighbours.
     let mut others = IpNet::aggregate(&near);
     others.sort();
-    let widened: Vec<IpNet> = inside.into_iter().map(|source| widened(source, &others, within)).collect();
-    let is_widest = |prefix: &IpNet| !widened.iter().any(|wider| wider != prefix && wider.contains(prefix));
-    let mut prefixes: Vec<IpNet> = widened.iter().copied().filter(is_widest).chain(outside).collect();
+    let mut widened: Vec<IpNet> = inside.into_iter().map(|source| widened(source, &others, within)).collect();
+    widened.sort();
+    // Sorted, a prefix comes right after the one it is inside of, if there is one: prefixes nest or are disjoint.
+    widened.dedup_by(|prefix, wider| wider.contains(&*prefix));
+    let mut prefixes: Vec<IpNet> = widened.into_iter().chain(outside).collect();
     prefixes.sort();
     prefixes.dedup();
     prefixes

@@ -218,12 +218,12 @@ impl Plan {
         rules
     }
 
-    fn want_objects(
+    fn want_objects<'a>(
         &mut self,
         eni: &DesiredEni,
         link: &Link,
         desired: &Desired,
-        observed: &Observed,
+        observed: &'a Observed,
         keep: &mut Keep,
         config: &Config,
     ) {
@@ -243,10 +243,12 @@ impl Plan {
             keep.rules.insert(rule.clone());
             self.want_rule(Some(eni), &Wanted { object: rule, reason }, observed);
         }
-        let on_link = observed.addresses.iter().filter(|(index, _)| *index == link.index);
-        keep.addresses.extend(on_link.filter(|(_, address)| eni.left_alone.contains(&address.net.addr().into())));
+        let of_link = |(index, address): &'a (u32, Address)| (*index == link.index).then_some(address);
+        let on_link: Vec<&Address> = observed.addresses.iter().filter_map(of_link).collect();
+        let left_alone = on_link.iter().filter(|address| eni.left_alone.contains(&address.net.addr().into()));
+        keep.addresses.extend(left_alone.map(|address| (link.index, **address)));
         for address in eni.addresses.iter().filter(|address| is_possible(address.object.net.family())) {
-            self.want_address(eni, link, address, observed, keep, config);
+            self.want_address(eni, link, address, &on_link, keep, config);
         }
     }
 
@@ -282,16 +284,12 @@ impl Plan {
         eni: &DesiredEni,
         link: &Link,
         wanted: &Wanted<Address>,
-        observed: &Observed,
+        on_link: &[&Address],
         keep: &mut Keep,
         config: &Config,
     ) {
-        let same: Vec<&Address> = observed
-            .addresses
-            .iter()
-            .filter(|(index, address)| *index == link.index && address.net.addr() == wanted.object.net.addr())
-            .map(|(_, address)| address)
-            .collect();
+        let same = on_link.iter().copied().filter(|address| address.net.addr() == wanted.object.net.addr());
+        let same: Vec<&Address> = same.collect();
         keep.addresses.insert((link.index, wanted.object));
         if same.iter().any(|address| !policy::owns_address(config, address) || **address == wanted.object) {
             return;

@@ -47,19 +47,16 @@ impl Netlink {
             let runs = |step: &&Step| step.eni.as_deref().is_none_or(|eni| !failed.contains(eni));
             let running: Vec<&Step> = stage.iter().filter(runs).collect();
             let mut results = self.apply_stage(&running).await?.into_iter();
-            for step in stage {
-                let outcome = if running.iter().any(|run| std::ptr::eq(*run, step)) {
-                    results.next().unwrap_or(Outcome::Skipped)
-                } else {
-                    Outcome::Skipped
-                };
-                outcomes.push(outcome);
-            }
-            for (step, outcome) in stage.iter().zip(&outcomes[outcomes.len() - stage.len()..]) {
+            let of_stage: Vec<Outcome> = stage
+                .iter()
+                .map(|step| if runs(&step) { results.next() } else { None }.unwrap_or(Outcome::Skipped))
+                .collect();
+            for (step, outcome) in stage.iter().zip(&of_stage) {
                 if let (Some(eni), Outcome::Failed(_)) = (&step.eni, outcome) {
                     failed.insert(eni);
                 }
             }
+            outcomes.extend(of_stage);
         }
         Ok(outcomes)
     }

@@ -1,13 +1,11 @@
 //! What `eniup reconcile` costs on an instance of so many ENIs and addresses: from nothing, and when nothing is to do.
 
-use std::os::unix::process::ExitStatusExt;
-use std::process::{ExitStatus, Stdio};
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
 
+use anyhow::Result;
+use ipnet::Ipv4Net;
+
+use crate::cost::{Cost, Spread, milliseconds};
 use crate::lab::{Distribution, Lab};
 use crate::table::{Align, Cell, Table};
 use crate::vpc::{CreateEni, EniId};
@@ -16,14 +14,6 @@ use crate::vpc::{CreateEni, EniId};
 const RUNS: usize = 9;
 /// Addresses of every ENI.
 pub(crate) const ADDRESSES: u8 = 10;
-
-struct Cost {
-    wall: Duration,
-    cpu: Duration,
-    /// KiB, at most resident.
-    peak: i64,
-    requests: u64,
-}
 
 /// Measures and prints a table.
 ///
@@ -68,53 +58,29 @@ pub(crate) fn instance(eniup: &std::path::Path, enis: usize) -> Result<Lab> {
     Ok(lab)
 }
 
-fn run(lab: &Lab) -> Result<Cost> {
+fn run(lab: &Lab) -> Result<(Cost, u64)> {
     lab.service("web")?.reset_counters();
     let mut command = lab.command("web", &lab.eniup)?;
-    command.args(["reconcile", "--quiet"]).stdout(Stdio::null());
-    let started = Instant::now();
-    let child = command.spawn().context("starting eniup")?;
-    let (status, usage) = wait(child.id())?;
-    let wall = started.elapsed();
-    ensure!(status.success(), "eniup reconcile: {status}");
-    let time = |time: libc::timeval| Duration::new(time.tv_sec as u64, time.tv_usec as u32 * 1000);
-    Ok(Cost {
-        wall,
-        cpu: time(usage.ru_utime) + time(usage.ru_stime),
-        peak: usage.ru_maxrss,
-        requests: lab.service("web")?.requests().gets_by_status.values().sum::<u64>() + 1,
-    })
+    let cost = Cost::of(command.args(["reconcile", "--quiet"]))?;
+    let requests = lab.service("web")?.requests().gets_by_status.values().sum::<u64>() + 1;
+    Ok((cost, requests))
 }
 
-/// Waits for a child and gives what it used.
-fn wait(process: u32) -> Result<(ExitStatus, libc::rusage)> {
-    let mut status = 0;
-    // SAFETY: all zeros is a valid rusage.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers live as long as the call, and the child is this process's own.
-    match unsafe { libc::wait4(process as libc::pid_t, &mut status, 0, &mut usage) } {
-        -1 => Err(std::io::Error::last_os_error()).context("waiting for eniup"),
-        _ => Ok((ExitStatus::from_raw(status), usage)),
-    }
-}
-
-fn row(name: &str, enis: usize, mut costs: Vec<Cost>) -> Vec<Cell> {
-    let milliseconds = |time: Duration| format!("{:.1}", time.as_secs_f64() * 1000.0);
-    costs.sort_by_key(|cost| cost.cpu);
-    let cpu = costs[costs.len() / 2].cpu;
-    costs.sort_by_key(|cost| cost.wall);
-    let median = &costs[costs.len() / 2];
+fn row(name: &str, enis: usize, costs: Vec<(Cost, u64)>) -> Vec<Cell> {
+    let requests = costs.last().map_or(0, |(_, requests)| *requests);
+    let costs: Vec<Cost> = costs.into_iter().map(|(cost, _)| cost).collect();
+    let Spread { least, median, most } = Spread::of(costs.iter().map(|cost| cost.wall));
+    let cpu = Spread::of(costs.iter().map(|cost| cost.cpu)).median;
     let peak = costs.iter().map(|cost| cost.peak).max().unwrap_or_default();
-    let (least, most) = (costs[0].wall, costs[costs.len() - 1].wall);
     [
         name.into(),
         enis.to_string(),
         (enis * usize::from(ADDRESSES)).to_string(),
-        milliseconds(median.wall),
+        milliseconds(median),
         format!("({}..{})", milliseconds(least), milliseconds(most)),
         milliseconds(cpu),
         format!("{:.1}", peak as f64 / 1024.0),
-        median.requests.to_string(),
+        requests.to_string(),
     ]
     .map(Cell::from)
     .into()

@@ -3,6 +3,7 @@
 pub mod cable;
 pub mod card;
 pub mod check;
+pub mod cost;
 pub mod demo;
 pub mod dhcp;
 pub mod echo;
