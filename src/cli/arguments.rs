@@ -1,5 +1,6 @@
 //! The command line's grammar: what may be asked for, and what the values mean.
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -7,9 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::engine::ArgValueCandidates;
 use tokio::time::Instant;
 
-use super::help;
+use super::{candidates, help};
 use crate::config::Config;
 use crate::fib::Packet;
 use crate::net::{Link, Observed};
@@ -64,6 +66,14 @@ pub(super) enum Color {
     Auto,
     Always,
     Never,
+}
+
+/// Of those whose command line can be completed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -222,6 +232,15 @@ pub(super) enum Command {
     /// /run/eniup and /etc/eniup by the order of their names. None of them needs to be there.
     #[command(subcommand, after_help = help::CONFIG)]
     Config(ConfigCommand),
+    /// Print the script by which a shell completes eniup's commands, options, ENIs, links and addresses. Packages install it.
+    #[command(after_help = help::COMPLETIONS)]
+    Completions { shell: Shell },
+    /// What may come next: what these scripts ask.
+    #[command(hide = true)]
+    Complete {
+        #[arg(last = true)]
+        words: Vec<OsString>,
+    },
 }
 
 #[derive(Subcommand)]
@@ -258,7 +277,9 @@ impl Command {
             | Command::Release { .. }
             | Command::Watch { .. }
             | Command::Wait { .. }
-            | Command::Config(_) => None,
+            | Command::Config(_)
+            | Command::Completions { .. }
+            | Command::Complete { .. } => None,
         }
     }
 }
@@ -267,10 +288,10 @@ impl Command {
 #[group(required = true, multiple = false)]
 pub(super) struct WaitFor {
     /// An address: the kernel answers for it, and sends what it sends by the link that has it. Needs no metadata.
-    #[arg(long, value_name = "ADDRESS", value_parser = readiness::parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = readiness::parse_address, add = addresses())]
     pub(super) ip: Option<IpAddr>,
     /// An ENI by its id: metadata tells all of it, and all that belongs to it is there.
-    #[arg(long, value_name = "ID", value_parser = readiness::parse_id)]
+    #[arg(long, value_name = "ID", value_parser = readiness::parse_id, add = ArgValueCandidates::new(candidates::enis))]
     pub(super) eni: Option<String>,
 }
 
@@ -284,20 +305,28 @@ impl WaitFor {
 #[group(required = true, multiple = true)]
 pub(super) struct Question {
     /// The source address; without it the packet of a program that binds to none.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", add = addresses())]
     pub(super) from: Option<IpAddr>,
     /// The destination; without it somewhere on the internet.
     #[arg(long, value_name = "ADDRESS")]
     pub(super) to: Option<IpAddr>,
     /// The link by which it came in, if it is forwarded.
-    #[arg(long, value_name = "LINK", conflicts_with = "oif")]
+    #[arg(long, value_name = "LINK", conflicts_with = "oif", add = links())]
     pub(super) iif: Option<String>,
     /// The link that the socket is bound to.
-    #[arg(long, value_name = "LINK")]
+    #[arg(long, value_name = "LINK", add = links())]
     pub(super) oif: Option<String>,
     /// The firewall mark, decimal or 0x….
     #[arg(long, value_name = "MARK", value_parser = parse_mark, default_value = "0", hide_default_value = true)]
     pub(super) mark: u32,
+}
+
+fn addresses() -> ArgValueCandidates {
+    ArgValueCandidates::new(candidates::addresses)
+}
+
+fn links() -> ArgValueCandidates {
+    ArgValueCandidates::new(candidates::links)
 }
 
 fn parse_mark(text: &str) -> Result<u32, std::num::ParseIntError> {

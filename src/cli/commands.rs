@@ -111,6 +111,8 @@ pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<E
             check_permission()?;
             print::report(&reconcile::release_all(&ground.options(timeout)).await?)
         }
+        // Answered before: they need no configuration.
+        Command::Completions { .. } | Command::Complete { .. } => Ok(Exit::Ok),
         Command::Config(ConfigCommand::Check) => print::check(&ground.files),
         Command::Config(ConfigCommand::Show { json }) => print::settings(&ground.settings, &ground.files, *json),
     }

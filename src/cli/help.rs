@@ -112,6 +112,12 @@ Examples:
 Exit codes:
   0 ok   1 something could not be taken away   75 another run is busy   77 needs CAP_NET_ADMIN";
 
+pub(super) const COMPLETIONS: &str = "\
+Examples:
+  eniup completions bash                 from ~/.bashrc: source <(eniup completions bash)
+  eniup completions zsh                  from ~/.zshrc, behind compinit: source <(eniup completions zsh)
+  eniup completions fish                 into ~/.config/fish/completions/eniup.fish";
+
 pub(super) const CONFIG: &str = "\
 Examples:
   eniup config check                     before a restart

@@ -1,6 +1,7 @@
 //! Arguments to command to exit code. What the commands do is elsewhere.
 
 mod arguments;
+mod candidates;
 mod commands;
 mod help;
 mod log;
@@ -22,11 +23,17 @@ use crate::report::Exit;
 use crate::snapshot::NoMetadata;
 use crate::trial::InTheWay;
 use crate::wait;
+pub use arguments::Shell;
 use arguments::{BadUsage, Cli, Command};
 
 /// The whole command line, for manual and completions.
 pub fn command() -> clap::Command {
     Cli::command()
+}
+
+/// The script by which a shell completes eniup's command line, for packages.
+pub fn completions(shell: Shell) -> &'static str {
+    candidates::script(shell)
 }
 
 /// Runs the command of the process's arguments and gives its exit code.
@@ -42,6 +49,11 @@ pub fn run() -> Exit {
             };
         }
     };
+    match &cli.command {
+        Command::Complete { words } => return candidates::complete(words),
+        Command::Completions { shell } => return candidates::show_script(*shell),
+        _ => {}
+    }
     log::start(&cli);
     let (begun, mut report) = (Instant::now(), None);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Command;
-use clap_complete::Shell;
 use clap_mangen::Man;
+use eniup::cli::Shell;
 
 const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 
@@ -21,8 +21,8 @@ fn main() -> Result<()> {
     let folder = PathBuf::from(std::env::args_os().nth(1).context("usage: eniup-pages FOLDER")?);
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let mut command = eniup::cli::command();
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut command, "eniup", &folder).context("writing completions")?;
+    for (shell, name) in [(Shell::Bash, "eniup.bash"), (Shell::Zsh, "_eniup"), (Shell::Fish, "eniup.fish")] {
+        fs::write(folder.join(name), eniup::cli::completions(shell)).with_context(|| format!("writing {name}"))?;
     }
     command.build();
     write_pages(&command, "eniup", &folder)?;
