@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::desired::desired;
-use crate::eni::{Attached, Eni, Slot};
+use crate::eni::{Attached, Eni};
 use crate::ledger::Noted;
 use crate::metadata::{self, Tree};
 use crate::net::{Address, Family, Link, MacAddr, Observed};
@@ -51,8 +51,8 @@ pub struct EniStatus {
     pub why: Option<String>,
     /// Seconds since 1970: from then on runs found it so.
     pub since: Option<u64>,
-    #[serde(flatten)]
-    pub slot: Option<Slot>,
+    pub network_card: Option<u32>,
+    pub device_number: Option<u32>,
     pub link: Option<LinkStatus>,
     pub table: Option<u32>,
     pub subnet_id: Option<String>,
@@ -132,7 +132,9 @@ pub fn status(sides: &Sides) -> Status {
     for (mac, ignored) in &attached.ignored {
         enis.push(eni_status(*mac, ignored.ready(), sides));
     }
-    enis.sort_by_key(|eni| (!eni.is_primary, eni.slot.is_none(), eni.slot, eni.mac));
+    enis.sort_by_key(|eni| {
+        (!eni.is_primary, eni.device_number.is_none(), eni.network_card, eni.device_number, eni.mac)
+    });
     let machine = plan.steps.iter().filter(|step| step.eni.is_none());
     Status {
         schema: SCHEMA,
@@ -165,7 +167,8 @@ fn eni_status(mac: MacAddr, eni: Option<&Eni>, sides: &Sides) -> EniStatus {
         state: trouble.as_ref().map_or(State::Ready, |trouble| trouble.state),
         since: since.flatten(),
         why: trouble.map(|trouble| trouble.why).or_else(|| attached.shared.get(&mac).cloned()),
-        slot: eni.map(|eni| eni.slot),
+        network_card: eni.map(|eni| eni.slot.network_card),
+        device_number: eni.map(|eni| eni.slot.device_number),
         link: link.map(|link| LinkStatus {
             name: link.name.clone(),
             altnames: link.altnames.iter().cloned().collect(),
@@ -333,7 +336,8 @@ fn facts(eni: &EniStatus) -> Vec<(&'static str, String)> {
     let mut facts = Vec::new();
     facts.extend(eni.why.iter().map(|why| ("why", why.clone())));
     facts.push(("MAC", eni.mac.to_string()));
-    facts.extend(eni.slot.map(|slot| ("card/device", slot.to_string())));
+    let slot = eni.network_card.zip(eni.device_number);
+    facts.extend(slot.map(|(card, device)| ("card/device", format!("{card}/{device}"))));
     facts.push(("link", eni.link.as_ref().map_or_else(|| "none that is its own".into(), LinkStatus::to_string)));
     // The primary's own table serves a few narrow rules only; its traffic follows main.
     facts.extend(eni.table.filter(|_| !eni.is_primary).map(|table| ("table", table.to_string())));
