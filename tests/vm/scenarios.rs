@@ -305,11 +305,9 @@ fn addresses(ground: &mut Ground, _: &[Attached]) -> Result<()> {
 fn networkd(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let one = attached(ground, 1)?;
     let all = [primary(), one.ipv4, one.ipv6];
-    // Where networkd has the drop-in from the start, as after any boot.
-    ground.run("systemctl restart systemd-networkd")?;
-    ground.settle()?;
-    ground.until_answer(&all, SOON)?;
     let verbs = [
+        // With it networkd reads the drop-in, as at any boot.
+        ("first restart after the installation", "systemctl restart systemd-networkd"),
         ("restart", "systemctl restart systemd-networkd"),
         ("reload", "networkctl reload"),
         ("reconfigure the primary", "networkctl reconfigure ens5"),
@@ -319,7 +317,7 @@ fn networkd(ground: &mut Ground, _: &[Attached]) -> Result<()> {
         ground.step(what, Loss::Of(&[primary()]), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
     ground.run("mkdir -p /etc/systemd/networkd.conf.d; : >/etc/systemd/networkd.conf.d/50-eniup.conf")?;
-    for (what, script) in verbs {
+    for (what, script) in &verbs[1..] {
         let what = format!("{what}, without the drop-in");
         ground.step(&what, Loss::Of(&all), &all, |ground| ground.run(script).map(|_| String::new()))?;
     }
@@ -351,6 +349,9 @@ fn netplan(ground: &mut Ground, _: &[Attached]) -> Result<()> {
         ("of the primary", &all[..1], file("    ens5:\n      dhcp4: true\n")),
         ("of en*", &all[..], file("    all:\n      match: {name: \"en*\"}\n      dhcp4: true\n      dhcp6: true\n")),
     ];
+    // networkd reads the package's drop-in when it starts; `netplan apply` may only reload it.
+    ground.run("systemctl restart systemd-networkd")?;
+    ground.until_answer(&all, SOON)?;
     ground.run("rm /etc/systemd/network/10-primary.network; mkdir -p /etc/netplan")?;
     for (what, cut_off, text) in cases {
         ground.write("/etc/netplan/50-image.yaml", &text)?;
