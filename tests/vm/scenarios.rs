@@ -60,6 +60,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "package", begin: Begin::Booted, play: package },
     Scenario { name: "hotplug", begin: Begin::Enabled, play: hotplug },
     Scenario { name: "addresses", begin: Begin::Enabled, play: addresses },
+    Scenario { name: "networkd-alone", begin: Begin::Booted, play: networkd_alone },
     Scenario { name: "networkd", begin: Begin::Enabled, play: networkd },
     Scenario { name: "carrier", begin: Begin::Enabled, play: carrier },
     Scenario { name: "netplan", begin: Begin::Enabled, play: netplan },
@@ -301,6 +302,15 @@ fn addresses(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     ensure_healthy(ground)
 }
 
+/// What networkd costs where nobody else has a part in it.
+fn networkd_alone(ground: &mut Ground, _: &[Attached]) -> Result<()> {
+    for script in ["systemctl restart systemd-networkd", "networkctl reconfigure ens5"] {
+        let what = format!("{script}, without eniup");
+        ground.step(&what, Loss::Of(&[primary()]), &[primary()], |ground| ground.run(script).map(|_| String::new()))?;
+    }
+    Ok(())
+}
+
 /// What systemd-networkd does to links, with the package's drop-in and without.
 fn networkd(ground: &mut Ground, _: &[Attached]) -> Result<()> {
     let one = attached(ground, 1)?;
@@ -506,8 +516,8 @@ fn told_boot(ground: &mut Ground, attached: &[Attached]) -> Result<()> {
     let unit = ground
         .run("systemctl show -P ActiveEnterTimestampMonotonic -P InactiveExitTimestampMonotonic eniup.service")?;
     let times: Vec<u64> = unit.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
-    let [ended, begun] = times[..] else { bail!("eniup.service has not run: {unit}") };
-    let took = Duration::from_micros(ended.saturating_sub(begun));
+    let [one, other] = times[..] else { bail!("eniup.service has not run: {unit}") };
+    let took = Duration::from_micros(one.abs_diff(other));
     let note = format!(
         "{} secondary ENIs; the primary answered after {}, all after {}, of which eniup.service took {}",
         attached.len(),
