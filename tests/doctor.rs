@@ -628,12 +628,17 @@ fn a_tool_with_the_same_job_is_named_with_the_line_that_turns_it_off() {
 #[test]
 fn rules_that_a_former_tool_left_are_found_and_deleted_by_the_line_that_is_told() {
     inside(|| {
-        for (table, name) in [(10_001, "amazon-ec2-net-utils"), (30_200, "nm-cloud-setup"), (101, "cloud-init")] {
+        for (table, priority, name) in [
+            (10_001, 10_001, "amazon-ec2-net-utils"),
+            (30_200, 30_200, "nm-cloud-setup"),
+            (101, 1000, "cloud-init"),
+            (101, 10_100, "cloud-netconfig"),
+        ] {
             with_two_enis(|machine| {
                 machine.reconcile(0)?;
                 let look = |machine: &Machine| -> Result<Value> { Elsewhere::new(machine)?.check("D-RIVAL") };
-                ip(&format!("rule add priority 1000 from 10.0.1.20 lookup {table}"))?;
-                ip(&format!("-6 rule add priority 1000 from 2600:1f16:67f:f201::14 lookup {table}"))?;
+                ip(&format!("rule add priority {priority} from 10.0.1.20 lookup {table}"))?;
+                ip(&format!("-6 rule add priority {priority} from 2600:1f16:67f:f201::14 lookup {table}"))?;
                 let check = look(machine)?;
                 assert_finds(&check, "warn", &["2 rules left", name, &table.to_string()], "sudo ip -4 rule del")?;
                 let fix = check["findings"][0]["fix"].as_str().context("no fix")?;
@@ -642,7 +647,7 @@ fn rules_that_a_former_tool_left_are_found_and_deleted_by_the_line_that_is_told(
                 }
                 ensure!(look(machine)?["verdict"] == "pass", "{:#}", look(machine)?);
                 // What is for all is no such tool's.
-                ip(&format!("rule add priority 1000 from all lookup {table}"))?;
+                ip(&format!("rule add priority {priority} from all lookup {table}"))?;
                 ensure!(look(machine)?["verdict"] == "pass", "{:#}", look(machine)?);
                 Ok(())
             })?;

@@ -203,16 +203,21 @@ const RIVALS: [Rival; 4] = [
         sign: cloud_init,
         off: "echo 'updates: {network: {when: []}}' | sudo tee /etc/cloud/cloud.cfg.d/99-eniup.cfg && \
               sudo rm /etc/udev/rules.d/*-cloud-init-hook-hotplug.rules",
-        made: |rule| (101..200).contains(&rule.table),
+        made: |rule| (101..200).contains(&rule.table) && !is_of_cloud_netconfig(rule),
     },
     Rival {
         name: "cloud-netconfig",
         sign: cloud_netconfig,
         off: "sudo systemctl disable --now cloud-netconfig.timer && \
               sudo ln -sf /dev/null /etc/udev/rules.d/51-cloud-netconfig-hotplug.rules",
-        made: |_| false,
+        made: is_of_cloud_netconfig,
     },
 ];
+
+/// Table 10n for a link whose name ends in n, and priorities from a hundred times that on (`get_free_priority`).
+fn is_of_cloud_netconfig(rule: &Rule) -> bool {
+    (100..110).contains(&rule.table) && rule.priority / 100 == rule.table
+}
 
 /// A file in /etc/udev/rules.d stands before one of its name in /usr/lib, also if it masks it.
 fn udev_rule(files: &Files, name: &str) -> Option<String> {
