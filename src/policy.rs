@@ -96,6 +96,10 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two readings of metadata by `watch`: nobody who has typed a change in EC2 waits longer without noticing.
 pub const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
+/// What may be chosen instead: metadata is not asked more often, whatever is wished, and no more rarely than anybody would
+/// call staying.
+pub const INTERVAL: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
+
 /// Milliseconds between the two complete snapshots that prove that something is gone. Metadata was seen to be stale, or to
 /// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
 pub const PROOF_PAUSE: u64 = 10_000;

@@ -36,7 +36,7 @@ fn no_file_and_an_empty_file_mean_the_defaults() {
 #[test]
 fn every_key_reaches_its_field() {
     let text = "rules = 'per-address'\ntimeout = '2m'\n[numbers]\nmark = 200\ntable_base = 21_000\n\
-                guard_priority = 0x4E20\nsubnet_rule_offset = 3_500\nlink_group = 7\n";
+                guard_priority = 0x4E20\nsubnet_rule_offset = 3_500\nlink_group = 7\n[watch]\ninterval = '500ms'\n";
     let expected = Config {
         mark: 200,
         table_base: 21_000,
@@ -45,6 +45,7 @@ fn every_key_reaches_its_field() {
         link_group: 7,
         rules: Rules::PerAddress,
         timeout: std::time::Duration::from_secs(120),
+        interval: Some(std::time::Duration::from_millis(500)),
         manage: Vec::new(),
         ignore: Vec::new(),
         enis: Vec::new(),
@@ -66,6 +67,17 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
     ];
     let expected: Vec<_> = expected.iter().map(|(line, column, what)| (*line, *column, what.to_string())).collect();
     assert_eq!(mistakes(text), expected);
+}
+
+#[test]
+fn an_interval_out_of_range_is_told() {
+    for wrong in ["'99ms'", "'0s'", "'2h'"] {
+        let told = mistakes(&format!("[watch]\ninterval = {wrong}\n"));
+        let expected = "`interval`: a length of time from \"100ms\" to \"1h\" is expected";
+        assert_eq!(told, [(2, 12, expected.to_string())], "{wrong}");
+    }
+    assert_eq!(mistakes("[watch]\ninterval = 2\n").len(), 1);
+    assert_eq!(read("").unwrap().config.interval, None);
 }
 
 #[test]
@@ -196,7 +208,7 @@ fn without_origins(mut config: Config) -> Config {
 #[test]
 fn what_is_shown_is_a_file_that_means_the_same() {
     let settings = read(
-        "rules = 'per-address'\ntimeout = '1m 5s'\n[numbers]\nmark = 200\n\
+        "rules = 'per-address'\ntimeout = '1m 5s'\n[numbers]\nmark = 200\n[watch]\ninterval = '10s'\n\
                          [[manage]]\nlink = ['e*', 'a\\\"b']\ndevice_number = [1, 2]\n\
                          [[ignore]]\nnetwork_card = 3\nsecurity_group = '[a]*'\n",
     )

@@ -35,9 +35,6 @@ use crate::status;
 use crate::wait;
 use crate::watch::{self, Watch};
 
-/// Metadata is not asked more often, whatever is wished.
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
-
 /// What a command begins with.
 struct Ground<'a> {
     endpoint: Option<&'a str>,
@@ -157,9 +154,10 @@ impl Ground<'_> {
     }
 
     fn watch(&self, interval: Option<Duration>, metrics: &MetricsFile, timeout: &Timeout) -> Watch {
+        let interval = interval.or(self.settings.config.interval);
         let file: Option<PathBuf> = self.config_file.map(Path::to_path_buf);
         Watch {
-            interval: interval.unwrap_or(policy::WATCH_INTERVAL).max(SHORTEST_INTERVAL),
+            interval: interval.unwrap_or(policy::WATCH_INTERVAL).max(*policy::INTERVAL.start()),
             is_thrifty: interval.is_none(),
             metrics: metrics.path().map(Path::to_path_buf),
             timeout: timeout.timeout.unwrap_or(self.settings.config.timeout),

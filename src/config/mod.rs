@@ -36,6 +36,8 @@ pub struct Config {
     pub rules: Rules,
     /// When a run gives up waiting: for another run, for metadata, for pending ENIs.
     pub timeout: Duration,
+    /// Between two readings of metadata by `watch`; none is as often as it costs next to nothing.
+    pub interval: Option<Duration>,
     /// If there is any, only the ENIs that one of them means are managed.
     pub manage: Vec<Selector>,
     /// The ENIs that one of these means are left alone, also if they are meant to be managed.
@@ -83,6 +85,7 @@ impl Default for Config {
             link_group: policy::LINK_GROUP,
             rules: Rules::default(),
             timeout: policy::TIMEOUT,
+            interval: None,
             manage: Vec::new(),
             ignore: Vec::new(),
             enis: Vec::new(),

@@ -83,6 +83,10 @@ impl<'a> Reading<'a> {
     fn read(&mut self, source: Source<'a>, table: &mut Table) {
         self.set("rules", source, table.value("rules", |value| word(value, &RULES)), |config| &mut config.rules);
         self.set("timeout", source, table.value("timeout", duration), |config| &mut config.timeout);
+        table.table("watch", |table| {
+            let interval = table.value("interval", |value| interval(value).map(Some));
+            self.set("watch.interval", source, interval, |config| &mut config.interval);
+        });
         table.table("numbers", |table| self.read_numbers(source, table));
         table.tables("manage", |table, span| self.config.manage.extend(selector(source, table, span)));
         table.tables("ignore", |table, span| self.config.ignore.extend(selector(source, table, span)));
@@ -172,6 +176,18 @@ fn duration(value: &DeValue) -> Result<Duration, Wrong> {
     let example = "write it as in \"30s\" or \"2m\"";
     let text = text(value).map_err(|wrong| wrong.hint(example))?;
     humantime::parse_duration(text).map_err(|error| Wrong::new(format!("\"{text}\": {error}")).hint(example))
+}
+
+fn interval(value: &DeValue) -> Result<Duration, Wrong> {
+    let interval = duration(value)?;
+    let range = policy::INTERVAL;
+    match range.contains(&interval) {
+        true => Ok(interval),
+        false => {
+            let [least, most] = [range.start(), range.end()].map(|end| humantime::format_duration(*end).to_string());
+            Err(Wrong::new(format!("a length of time from \"{least}\" to \"{most}\" is expected")))
+        }
+    }
 }
 
 /// Not a number that others write on their routes: eniup removes what carries its own.

@@ -36,11 +36,12 @@ impl Settings {
             link_group,
             rules,
             timeout,
+            interval,
             manage: _,
             ignore: _,
             enis: _,
         } = &self.config;
-        vec![
+        let mut values = vec![
             ("rules", name(*rules, &RULES)),
             ("timeout", quoted(&humantime::format_duration(*timeout).to_string())),
             ("numbers.mark", mark.to_string()),
@@ -48,7 +49,10 @@ impl Settings {
             ("numbers.guard_priority", guard_priority.to_string()),
             ("numbers.subnet_rule_offset", subnet_rule_offset.to_string()),
             ("numbers.link_group", link_group.to_string()),
-        ]
+        ];
+        let interval = interval.map(|interval| quoted(&humantime::format_duration(interval).to_string()));
+        values.extend(interval.map(|interval| ("watch.interval", interval)));
+        values
     }
 
     /// The entries that select ENIs, in the order in which they were written.
