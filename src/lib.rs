@@ -23,6 +23,7 @@ pub mod fib;
 pub mod fights;
 pub mod imds;
 pub mod journal;
+pub mod layout;
 pub mod ledger;
 pub mod lock;
 pub mod machine_files;

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::desired::desired;
 use crate::eni::{Attached, Eni};
+use crate::layout::{self, Column};
 use crate::ledger::Noted;
 use crate::metadata::{self, Tree};
 use crate::net::{Address, Family, Link, MacAddr, Observed};
@@ -275,6 +276,8 @@ pub struct Text<'a> {
     pub status: &'a Status,
     /// Escape sequences are for terminals alone.
     pub has_colour: bool,
+    /// Letters in a line, where that is limited.
+    pub width: Option<usize>,
 }
 
 impl fmt::Display for Text<'_> {
@@ -323,7 +326,7 @@ impl Text<'_> {
         for (label, value) in facts(eni) {
             writeln!(f, "  {label:15}  {}", plain(&value))?;
         }
-        write_addresses(f, &eni.addresses)?;
+        write!(f, "{}", addresses_table(&eni.addresses, self.width))?;
         for line in &eni.drift {
             writeln!(f, "  would change: {}", plain(line))?;
         }
@@ -358,27 +361,28 @@ impl fmt::Display for LinkStatus {
     }
 }
 
-fn write_addresses(f: &mut fmt::Formatter, addresses: &[AddressStatus]) -> fmt::Result {
+/// Columns that fit: that an address is public or in metadata is left out before what the link has.
+fn addresses_table(addresses: &[AddressStatus], width: Option<usize>) -> String {
     if addresses.is_empty() {
-        return Ok(());
+        return String::new();
     }
-    let heads = ["address", "public", "in metadata", "on the link"].map(String::from);
-    let row = |row: &AddressStatus| {
-        let on_link = match &row.on_link {
-            Some(net) if row.is_ours => format!("{net}, by eniup"),
-            Some(net) => net.clone(),
-            None => "no".into(),
-        };
-        let public = row.public.map_or_else(|| "-".into(), |public| public.to_string());
-        [row.address.to_string(), public, if row.in_metadata { "yes" } else { "no" }.into(), on_link]
+    let column = |head, rank, cell: &dyn Fn(&AddressStatus) -> String| Column {
+        head,
+        cells: addresses.iter().map(cell).collect(),
+        rank,
     };
-    let rows: Vec<[String; 4]> = std::iter::once(heads).chain(addresses.iter().map(row)).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let (first, second, third) = (width(0), width(1), width(2));
-    for [address, public, in_metadata, on_link] in &rows {
-        writeln!(f, "  {address:first$}  {public:second$}  {in_metadata:third$}  {on_link}")?;
-    }
-    Ok(())
+    let on_link = |row: &AddressStatus| match &row.on_link {
+        Some(net) if row.is_ours => format!("{net}, by eniup"),
+        Some(net) => net.clone(),
+        None => "no".into(),
+    };
+    let columns = vec![
+        column("address", 0, &|row| row.address.to_string()),
+        column("public", 2, &|row| row.public.map_or_else(|| "-".into(), |public| public.to_string())),
+        column("in metadata", 1, &|row| if row.in_metadata { "yes" } else { "no" }.into()),
+        column("on the link", 0, &on_link),
+    ];
+    layout::table(columns, width)
 }
 
 /// Metadata holds names that people chose; none of them may speak to the terminal.

@@ -523,24 +523,55 @@ fn colour_is_for_terminals_and_for_those_who_want_it() {
             let has_colour = |text: &str| text.contains('\u{1b}');
             ensure!(!has_colour(&machine.eniup("status")?.stdout), "a pipe is coloured");
             ensure!(has_colour(&machine.eniup("status --color=always")?.stdout));
-            ensure!(has_colour(&on_a_terminal(machine.command("status").env("TERM", "xterm"))?), "no colour");
+            ensure!(has_colour(&on_a_terminal(machine.command("status").env("TERM", "xterm"), 0)?), "no colour");
             for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
-                let said = on_a_terminal(machine.command("status").env("TERM", "xterm").env(name, value))?;
+                let said = on_a_terminal(machine.command("status").env("TERM", "xterm").env(name, value), 0)?;
                 ensure!(said.contains("eni-02") && !has_colour(&said), "{name}={value}: {said}");
             }
-            ensure!(!has_colour(&on_a_terminal(&mut machine.command("status --color=never"))?));
+            ensure!(!has_colour(&on_a_terminal(&mut machine.command("status --color=never"), 0)?));
             Ok(())
         })
     });
 }
 
-/// What the command says to a terminal.
-fn on_a_terminal(command: &mut Command) -> Result<String> {
+#[test]
+fn what_is_shown_fits_the_terminal_and_elsewhere_lines_are_whole() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ip("addr del 10.0.1.21/32 dev eth02")?;
+            let is_command = |line: &str| line.contains("would change: ") || line.contains("fix: ");
+            for arguments in ["status", "doctor", "explain --from 10.0.1.20"] {
+                let whole = run(&mut machine.command(arguments))?;
+                let longest =
+                    whole.stdout.lines().filter(|line| !is_command(line)).map(|line| line.chars().count()).max();
+                ensure!(longest > Some(80), "{arguments} has no line that could be too long:\n{}", whole.stdout);
+                for width in [60, 80, 120] {
+                    let shown = on_a_terminal(machine.command(arguments).env("NO_COLOR", "1"), width)?;
+                    let too_long = shown.lines().filter(|line| !is_command(line) && !line.starts_with("           "));
+                    let too_long: Vec<&str> =
+                        too_long.filter(|line| line.trim_end().chars().count() > usize::from(width)).collect();
+                    ensure!(too_long.is_empty(), "{arguments} at {width}: {too_long:#?}");
+                    for command in whole.stdout.lines().filter(|line| is_command(line)) {
+                        ensure!(shown.contains(command), "{arguments} at {width}: `{command}` is cut:\n{shown}");
+                    }
+                }
+            }
+            let narrow = on_a_terminal(machine.command("status").env("NO_COLOR", "1"), 60)?;
+            ensure!(narrow.contains("10.0.1.20") && narrow.contains("(no room here for: "), "{narrow}");
+            Ok(())
+        })
+    });
+}
+
+/// What the command says to a terminal of so many columns; 0: one that does not know.
+fn on_a_terminal(command: &mut Command, columns: u16) -> Result<String> {
+    let size = libc::winsize { ws_row: 25, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     let (mut ours, mut theirs) = (-1, -1);
     // SAFETY: openpty writes two descriptors, which are ours from here on.
     let (ours, theirs) = unsafe {
         let none = std::ptr::null_mut();
-        ensure!(libc::openpty(&mut ours, &mut theirs, none, none.cast(), none.cast()) == 0);
+        ensure!(libc::openpty(&mut ours, &mut theirs, none, none.cast(), &size) == 0);
         (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
     };
     let mut child = command.stdout(theirs).spawn()?;
@@ -550,6 +581,6 @@ fn on_a_terminal(command: &mut Command) -> Result<String> {
     // EIO is how a terminal says that nobody is left.
     let end = fs::File::from(ours).read_to_end(&mut said);
     ensure!(end.is_ok() || end.is_err_and(|error| error.raw_os_error() == Some(libc::EIO)));
-    ensure!(child.wait()?.success());
+    ensure!(child.wait()?.code().is_some());
     Ok(String::from_utf8(said)?)
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 47] = [
+const FLOW: [&str; 48] = [
     "net",
     "config",
     "eni",
@@ -24,6 +24,7 @@ const FLOW: [&str; 47] = [
     "fib",
     "explain",
     "typo",
+    "layout",
     "readiness",
     "tally",
     "whole_file",
@@ -56,7 +57,7 @@ const FLOW: [&str; 47] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 26] = [
+const PURE: [&str; 27] = [
     "net",
     "config",
     "eni",
@@ -75,6 +76,7 @@ const PURE: [&str; 26] = [
     "fib",
     "explain",
     "typo",
+    "layout",
     "readiness",
     "snapshot",
     "doctor",

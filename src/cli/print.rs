@@ -1,6 +1,6 @@
 //! Answers on stdout, and the exit codes that they mean.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -10,12 +10,15 @@ use crate::config::{File, Settings};
 use crate::doctor::{self, Diagnosis};
 use crate::eni::Attached;
 use crate::explain::Explanation;
+use crate::layout;
 use crate::plan::Plan;
 use crate::reconcile;
 use crate::report::{self, Exit, Remark, Report};
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
 use crate::status::{Status, Text};
+
+const NARROWEST: usize = 40;
 
 /// What is wrong has been said by now.
 pub(super) fn check(files: &[File]) -> Result<Exit> {
@@ -85,7 +88,7 @@ pub(super) fn report(report: &Report) -> Result<Exit> {
 pub(super) fn diagnosis(diagnosis: &Diagnosis, is_json: bool) -> Result<Exit> {
     match is_json {
         true => text(&format!("{}\n", serde_json::to_string_pretty(diagnosis)?))?,
-        false => text(&diagnosis.to_string())?,
+        false => text(&layout::fit(&diagnosis.to_string(), width(), is_fix))?,
     }
     Ok(if diagnosis.verdict == doctor::Verdict::Fail { Exit::Failed } else { Exit::Ok })
 }
@@ -100,7 +103,7 @@ pub(super) fn snapshot(snapshot: Snapshot, output: Option<&Path>) -> Result<()> 
 pub(super) fn explanation(explanation: &Explanation, is_json: bool) -> Result<Exit> {
     match is_json {
         true => text(&format!("{}\n", serde_json::to_string_pretty(explanation)?))?,
-        false => text(&explanation.to_string())?,
+        false => text(&layout::fit(&explanation.to_string(), width(), |_| false))?,
     }
     // The model is what the promise is tested with.
     Ok(if explanation.kernel_agrees == Some(false) { Exit::Failed } else { Exit::Ok })
@@ -110,9 +113,24 @@ pub(super) fn status(status: &Status, color: Color, is_json: bool) -> Result<Exi
     if is_json {
         text(&format!("{}\n", serde_json::to_string_pretty(status)?))?;
     } else {
-        text(&Text { status, has_colour: color.is_for(&std::io::stdout()) }.to_string())?;
+        let (has_colour, width) = (color.is_for(&std::io::stdout()), width());
+        let shown = Text { status, has_colour, width }.to_string();
+        text(&layout::fit(&shown, width, |line| line.trim_start().starts_with("would change: ")))?;
     }
     Ok(status.exit())
+}
+
+/// Commands, in several lines at times.
+fn is_fix(line: &str) -> bool {
+    line.starts_with("      fix: ") || line.starts_with("           ")
+}
+
+/// Of a terminal; all else takes lines of any length.
+fn width() -> Option<usize> {
+    let stdout = std::io::stdout();
+    let (terminal_size::Width(width), _) = terminal_size::terminal_size_of(&stdout).filter(|_| stdout.is_terminal())?;
+    // A terminal that does not know its size says 0, and in a very narrow one nothing can be read anyway.
+    Some(usize::from(width)).filter(|width| *width > 0).map(|width| width.max(NARROWEST))
 }
 
 /// To stdout. A reader that went away (`| head`) has what it wanted.
