@@ -17,6 +17,11 @@ pub struct Slot {
     pub device_number: u32,
 }
 
+impl Slot {
+    /// Every instance is launched with an ENI here, which cannot be detached.
+    pub const PRIMARY: Slot = Slot { network_card: 0, device_number: 0 };
+}
+
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{}/{}", self.network_card, self.device_number)

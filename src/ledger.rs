@@ -77,6 +77,11 @@ impl Ledger {
         Ledger { primary: Some(primary), ..if is_its { self } else { empty() } }
     }
 
+    /// Of the instance whose notes these are.
+    pub fn primary(&self) -> Option<MacAddr> {
+        self.primary
+    }
+
     /// For commands that do not ask metadata: an instance has the link of its primary ENI.
     pub fn of_machine(self, observed: &Observed) -> Ledger {
         let is_here = |primary| observed.links.values().any(|link| link.mac == Some(primary));

@@ -84,6 +84,13 @@ pub struct Unusable {
 }
 
 impl Unusable {
+    /// Of a snapshot that names another primary ENI than the one that was known, whose link is still here: an instance keeps
+    /// its primary ENI as long as it lives.
+    pub fn another_primary(named: MacAddr, known: MacAddr) -> Unusable {
+        let known = format!("the primary ENI of this instance was {known}, whose link is still here");
+        Unusable { what: format!("its key `{PRIMARY_MAC}` names {named}, but {known}") }
+    }
+
     /// What is missing or wrong.
     pub fn what(&self) -> &str {
         &self.what
@@ -342,6 +349,12 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
             Err(reason) => _ = pending.insert(mac, reader.pending(reason)),
         }
     }
+    if let Some(Eni { id, slot, .. }) = ready.get(&primary)
+        && *slot != Slot::PRIMARY
+    {
+        let where_it_is = format!("{id} is card and device number {slot}, and the primary ENI is {}", Slot::PRIMARY);
+        return unusable(format!("its key `{PRIMARY_MAC}` names {primary}, but {where_it_is}"));
+    }
     for (mac, reason) in id_conflicts(primary, &ready).into_iter().chain(slot_conflicts(primary, &ready)) {
         set_aside(mac, reason, &mut ready, &mut pending);
     }
@@ -501,7 +514,7 @@ impl Reader<'_> {
             device_number => device_number.unwrap_or(0),
         };
         let slot = Slot { network_card: network_card.unwrap_or(0), device_number };
-        if slot == (Slot { network_card: 0, device_number: 0 }) && !is_primary {
+        if slot == Slot::PRIMARY && !is_primary {
             return Err(Reason::PlaceholderSlot);
         }
         // 32 cards of 24 ENIs are the most that EC2 has; each card's ENIs need a table of their own within a hundred.
@@ -703,6 +716,15 @@ mod tests {
         let text = r#"{"leaves": {"mac": "0A:FF:00:00:00:01", "network/interfaces/macs/0A:FF:00:00:00:01/interface-id": "eni-01"}}"#;
         let attached = attached(&Tree::from_json(text).unwrap()).unwrap();
         assert_eq!(attached.primary_eni().map(|eni| eni.id.as_str()), Some("eni-01"));
+    }
+
+    #[test]
+    fn nothing_is_concluded_when_a_secondary_eni_is_named_as_the_primary() {
+        let leaf = |key: &str, body: &str| format!(r#""{INTERFACES}02:00:00:00:00:02/{key}": "{body}""#);
+        let leaves = [leaf("interface-id", "eni-02"), leaf("device-number", "1")].join(", ");
+        let text = format!(r#"{{"leaves": {{"mac": "02:00:00:00:00:02", {leaves}}}}}"#);
+        let why = attached(&Tree::from_json(&text).unwrap()).unwrap_err().to_string();
+        assert!(why.contains("names 02:00:00:00:00:02, but eni-02 is card and device number 0/1"), "{why}");
     }
 
     #[test]

@@ -140,6 +140,16 @@ fn is_place_kept(wanted: &Route, desired: &Desired, observed: &Observed) -> bool
         && observed.routes.iter().any(|(link, route)| place(route) == place(wanted) && link.is_some_and(is_pendings))
 }
 
+/// A second IPv4 address of the same subnet and length would be the kernel's secondary of the first, and go with it when that
+/// one is taken away (`promote_secondaries`); by itself it stays.
+fn beside(wanted: Address, on_link: &[&Address]) -> Address {
+    let is_shared = on_link.iter().any(|there| there.net.trunc() == wanted.net.trunc());
+    match wanted.net.family() {
+        Family::V4 if is_shared => Address { net: wanted.net.addr().into(), ..wanted },
+        Family::V4 | Family::V6 => wanted,
+    }
+}
+
 fn reference(link: &Link) -> LinkRef {
     LinkRef { index: link.index, name: link.name.clone() }
 }
@@ -278,7 +288,9 @@ impl Plan {
         }
     }
 
-    /// The same address with another length, owner or lifetime (DHCP, keepalived) counts as there and is left alone.
+    /// The same address with another length, owner or lifetime (DHCP, keepalived) counts as there and is left alone. One of
+    /// ours keeps its length: which of an ENI's addresses is the first may change, and the link's routes go with the last
+    /// address that is taken away to come back with another length.
     fn want_address(
         &mut self,
         eni: &DesiredEni,
@@ -294,16 +306,20 @@ impl Plan {
         if same.iter().any(|address| !policy::owns_address(config, address) || **address == wanted.object) {
             return;
         }
-        let reason = wanted.reason.clone();
-        let with_lifetime = |address: Address| Address { is_deprecated: wanted.object.is_deprecated, ..address };
-        let operation = match same.into_iter().find(|address| with_lifetime(**address) == wanted.object) {
-            Some(differing) => {
-                keep.addresses.insert((link.index, *differing));
-                Operation::ChangeAddress { link: reference(link), address: wanted.object }
+        let but_length_and_lifetime =
+            |there: &Address| Address { net: there.net, is_deprecated: there.is_deprecated, ..wanted.object };
+        let operation = match same.into_iter().find(|there| but_length_and_lifetime(there) == **there) {
+            Some(there) => {
+                keep.addresses.insert((link.index, *there));
+                let address = Address { net: there.net, ..wanted.object };
+                if address == *there {
+                    return;
+                }
+                Operation::ChangeAddress { link: reference(link), address }
             }
-            None => Operation::AddAddress { link: reference(link), address: wanted.object },
+            None => Operation::AddAddress { link: reference(link), address: beside(wanted.object, on_link) },
         };
-        self.push(Some(eni), operation, reason);
+        self.push(Some(eni), operation, wanted.reason.clone());
     }
 }
 

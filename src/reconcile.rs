@@ -15,7 +15,7 @@ use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
 use crate::lock;
 use crate::machine_files;
-use crate::metadata::{self, Tree};
+use crate::metadata::{self, Tree, Unusable};
 use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
@@ -165,6 +165,17 @@ async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut 
     }
 }
 
+/// Everything is decided from which ENI is the primary, so a snapshot that names another one than before is not believed, however
+/// often it says so.
+async fn ensure_known_primary(named: MacAddr, netlink: &mut Netlink, options: &Options) -> Result<()> {
+    match ledger::load(&options.directory).primary() {
+        Some(known) if known != named && netlink.links().await?.values().any(|link| link.mac == Some(known)) => {
+            Err(Unusable::another_primary(named, known).into())
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// Makes the kernel agree with what was read; also gives what of that is ours to configure.
 async fn settle(
     netlink: &mut Netlink,
@@ -173,6 +184,7 @@ async fn settle(
     trial: Option<&mut Trial>,
 ) -> Result<(Report, Attached)> {
     let Reading { tree, all, taken } = reading;
+    ensure_known_primary(all.primary, netlink, options).await?;
     let believed = believed(all, *taken, netlink, options).await?;
     let files = machine_files::read_of_container_networks();
     let mut attached = all.clone();

@@ -44,6 +44,37 @@ fn addresses_of(observed: &Observed) -> BTreeSet<(u32, IpAddr)> {
 
 type Leaves = BTreeMap<String, String>;
 
+/// Everything follows from which ENI is the primary, and an instance keeps its own for life: neither a timer's run nor one by
+/// hand believes another name, with the old device numbers or with numbers that fit it.
+#[test]
+fn a_snapshot_that_names_another_primary_changes_nothing() {
+    inside(|| {
+        let scenario = scenario("two-subnets-dual-stack")?;
+        let told = read_leaves(&scenario.folder.join("metadata.json"))?;
+        let number = |n: u8| format!("network/interfaces/macs/02:00:00:00:00:0{n}/device-number");
+        let mut named: Leaves = told.clone();
+        named.insert("mac".into(), "02:00:00:00:00:02".into());
+        let mut with_numbers = named.clone();
+        with_numbers.extend([(number(1), "1".into()), (number(2), "0".into())]);
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let before = settled_dump()?;
+            for (lie, why) in [(named, "device number"), (with_numbers, "whose link is still here")] {
+                machine.publish(lie);
+                for verb in ["reconcile --automatic", "reconcile"] {
+                    let run = machine.eniup(verb)?;
+                    ensure!(run.exit == 69 && run.stderr.contains(why), "{verb}: {}: {}", run.exit, run.stderr);
+                    let difference = difference(&before, &settled_dump()?);
+                    ensure!(difference.is_empty(), "{verb} ({why}):\n{difference}");
+                }
+            }
+            machine.publish(told);
+            machine.reconcile(0)?;
+            machine.assert_settled()
+        })
+    });
+}
+
 /// Each a snapshot that lacks something of a secondary ENI, whole and well-formed as far as it goes.
 fn lies(leaves: &Leaves, primary: MacAddr) -> Vec<(String, Leaves)> {
     let is_of = |path: &str, key: &str| path.ends_with(&format!("/{key}")) && !path.contains(&primary.to_string());

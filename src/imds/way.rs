@@ -123,17 +123,26 @@ pub async fn race(ways: &[Way], pace: &Pace, deadline: Instant) -> Result<Result
     let mut waiting = ways.iter().enumerate();
     let mut running = FuturesUnordered::new();
     let mut failures = Failures { is_nobody_there: true, ..Failures::default() };
+    // What a later way said for good counts when nobody is there on the others.
+    let (mut refusal, mut may_answer_later) = (None, false);
     loop {
         if let Some((n, way)) = waiting.next() {
             running.push(async move { (n, way, http::token(&way.client, &way.endpoint, pace, deadline).await) });
         }
         let Ok(ended) = timeout(HEAD_START, running.next()).await else { continue };
         match ended {
-            None => return Ok(Err(failures)),
+            None => return refusal.filter(|_| !may_answer_later).map_or(Ok(Err(failures)), Err),
             Some((_, way, Attempt::Body(token))) => return Ok(Ok((way.clone(), token))),
             Some((n, way, attempt)) => match final_error(&attempt, way) {
                 Some(error) if n == 0 => return Err(error),
-                _ => failures.add(way, attempt),
+                Some(error) => {
+                    refusal.get_or_insert(error);
+                    failures.add(way, attempt);
+                }
+                None => {
+                    may_answer_later |= !matches!(attempt, Attempt::NoWay(_) | Attempt::Prohibited);
+                    failures.add(way, attempt);
+                }
             },
         }
     }
@@ -174,6 +183,11 @@ impl Failures {
 fn parse_endpoint(endpoint: &str) -> Result<Url, Error> {
     let bad = |why: String| Error::BadEndpoint { endpoint: endpoint.into(), why };
     let mut url = Url::parse(endpoint).map_err(|error| bad(error.to_string()))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        let (_, host) = endpoint.rsplit_once('@').unwrap_or_default();
+        let why = "it has to be without a user name and password, which metadata does not ask for".into();
+        return Err(Error::BadEndpoint { endpoint: format!("http://…@{host}"), why });
+    }
     if url.scheme() != "http" {
         return Err(bad("it has to begin with http://".into()));
     }
