@@ -585,6 +585,20 @@ fn an_ipv6_only_machine_does_not_even_try_ipv4() {
 }
 
 #[test]
+fn a_refusal_by_ipv6_is_final_where_no_way_leads_to_ipv4() {
+    vpc_lab::inside(|| {
+        let network = Network::new()?.with_ipv6()?;
+        // IPv4 is tried first, and the kernel says at once that there is no way.
+        ip("addr add 10.0.0.10/24 dev eth0")?;
+        network.ipv6.fault(vec![rule("*", Occurrences::Always, Action::Status(403))]);
+        let (result, ..) = network.read();
+        let error = result.expect_err("a token was refused");
+        ensure!(matches!(error, Error::Forbidden { .. }), "{error}");
+        Ok(())
+    });
+}
+
+#[test]
 fn an_ipv4_way_that_leads_nowhere_delays_ipv6_by_no_timeout() {
     vpc_lab::inside(|| {
         let (tree, elapsed, tokens) = Network::new()?.with_ipv6()?.with_a_hole("169.254.169.254/32")?.read();

@@ -204,6 +204,15 @@ fn parse_endpoint(endpoint: &str) -> Result<Url, Error> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_password_in_an_endpoint_is_refused_and_not_shown() {
+        for endpoint in ["http://me:secret@127.0.0.1:1", "http://secret@127.0.0.1:1/"] {
+            let error = parse_endpoint(endpoint).unwrap_err().to_string();
+            assert!(error.contains("password") && error.contains("127.0.0.1:1"), "{error}");
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
     fn surroundings(links: &str, addresses: &str, routes: &str) -> Surroundings {
         let observed = format!(
             r#"{{"links": {{{links}}}, "addresses": [{addresses}], "routes": [{routes}], "rules": [], "has_ipv6": true}}"#
