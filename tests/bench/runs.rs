@@ -164,7 +164,10 @@ fn whole(runs: usize) -> Result<Section> {
                 milliseconds(wall.least),
                 milliseconds(wall.most),
                 milliseconds(cpu),
-                format!("{:.1}", cpu.as_secs_f64() * 1e6 / objects as f64),
+                match objects {
+                    0 => "-".into(),
+                    _ => format!("{:.1}", cpu.as_secs_f64() * 1e6 / objects as f64),
+                },
                 format!("{:.1}", peak as f64 / 1024.0),
                 requests[n].to_string(),
             ]);
@@ -280,7 +283,7 @@ fn start(runs: usize, r#static: Option<&Path>) -> Result<Section> {
         let bytes = std::fs::metadata(binary).with_context(|| binary.display().to_string())?.len();
         let metadata = metadata.to_string_lossy();
         for (name, arguments) in
-            [("--version", vec!["--version"]), ("plan --metadata", vec!["plan", "--metadata", &metadata])]
+            [("--version", vec!["--version"]), ("plan --metadata", vec!["plan", "--quiet", "--metadata", &metadata])]
         {
             let costs: Vec<Cost> =
                 (0..runs.max(50)).map(|_| Cost::of(Command::new(binary).args(&arguments))).collect::<Result<_>>()?;
