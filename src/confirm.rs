@@ -12,15 +12,15 @@ use futures::future::{Either, select, select_all};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
-use crate::imds::{Surroundings, Watch};
-use crate::lock;
-use crate::net::MacAddr;
+use crate::imds::{Imds, Surroundings, Watch};
+use crate::net::{MacAddr, Observed};
 use crate::netlink::Netlink;
 use crate::place::find_link;
 use crate::policy;
-use crate::reconcile::{OVERDUE, Options, last_trial, observe, preview, reconcile_on_trial, roll_back, since_boot};
+use crate::reconcile::{OVERDUE, Options, last_trial, observe, reconcile_on_trial, roll_back, since_boot};
 use crate::report::Report;
 use crate::trial::{self, Standing, State, Trial};
+use crate::{lock, metadata};
 
 /// How often it is looked whether somebody has confirmed.
 const LOOK: Duration = Duration::from_millis(100);
@@ -72,20 +72,21 @@ pub async fn try_out(options: &Options, window: Duration) -> Result<(Report, Opt
 }
 
 async fn run(options: &Options, window: Duration, trial: &mut Option<Trial>) -> Result<(Report, Option<Watch>)> {
-    let (attached, _) = preview(options.endpoint.as_deref(), options.deadline, &options.config).await?;
+    let observed = observe(&options.config).await?;
+    let mut imds = Imds::connect(options.endpoint.as_deref(), &Surroundings::of(&observed), options.deadline).await?;
+    let primary = metadata::primary(&imds.primary().await?)?;
     // Before anything is changed: which way leads there now.
-    let watch = find_watch(options, attached.primary).await?;
+    let watch = find_watch(options, primary, &observed).await?;
     let begun = since_boot()?;
     let left = options.deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
-    let trial = trial.insert(Trial::new(attached.primary, window, begun, begun + left));
+    let trial = trial.insert(Trial::new(primary, window, begun, begun + left));
     Ok((reconcile_on_trial(options, trial).await?, watch))
 }
 
-async fn find_watch(options: &Options, primary: MacAddr) -> Result<Option<Watch>> {
-    let observed = observe(&options.config).await?;
-    let Some(link) = find_link(primary, &observed).ok().flatten() else { return Ok(None) };
+async fn find_watch(options: &Options, primary: MacAddr, observed: &Observed) -> Result<Option<Watch>> {
+    let Some(link) = find_link(primary, observed).ok().flatten() else { return Ok(None) };
     let endpoint = options.endpoint.as_deref();
-    let watch = Watch::find(endpoint, &Surroundings::of(&observed), &link.name, options.deadline).await?;
+    let watch = Watch::find(endpoint, &Surroundings::of(observed), &link.name, options.deadline).await?;
     if watch.is_none() {
         tracing::warn!("metadata is reached by another ENI only, so it is not watched whether {} loses it", link.name);
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Bound;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
@@ -155,6 +156,9 @@ impl Tree {
             // Nothing is above the top.
             (Some(Answer::Absent), None) => Answer::Absent,
             (_, Some(Answer::Present(listing))) if !lines(listing).any(|line| line == name) => Answer::Absent,
+            (_, Some(Answer::Absent)) if self.has_something_below(directory) => {
+                Answer::Unknown("its directory is not found, and other keys of it are".into())
+            }
             (_, Some(Answer::Absent)) => Answer::Absent,
             (Some(Answer::Absent), Some(Answer::Present(_))) => {
                 Answer::Unknown("it is listed but not there yet".into())
@@ -163,6 +167,12 @@ impl Tree {
             (_, Some(Answer::Unknown(why))) => Answer::Unknown(why.clone()),
             (None, None) => Answer::Unknown("it was not asked for".into()),
         }
+    }
+
+    fn has_something_below(&self, directory: &str) -> bool {
+        let below = self.answers.range::<str, _>((Bound::Excluded(directory), Bound::Unbounded));
+        let mut below = below.take_while(|(path, _)| path.starts_with(directory));
+        below.any(|(_, answer)| matches!(answer, Answer::Present(_)))
     }
 
     /// A saved snapshot: a JSON object with the keys of [`SavedTree`], others being ignored.
@@ -316,20 +326,29 @@ fn eni_mac(text: &str) -> Result<MacAddr, String> {
     if mac.is_device() { Ok(mac) } else { Err(format!("{mac} cannot be the MAC address of an ENI")) }
 }
 
+/// Which ENI is the primary.
+///
+/// # Errors
+/// The snapshot does not say.
+pub fn primary(tree: &Tree) -> Result<MacAddr, Unusable> {
+    let unusable = |what: String| Err(Unusable { what });
+    match tree.get(PRIMARY_MAC) {
+        Answer::Present(mac) => match eni_mac(mac.trim()) {
+            Ok(mac) => Ok(mac),
+            Err(why) => unusable(format!("its key `{PRIMARY_MAC}` names no primary ENI: {why}")),
+        },
+        Answer::Absent => unusable(format!("it has no key `{PRIMARY_MAC}`, which names the primary ENI")),
+        Answer::Unknown(why) => unusable(format!("its key `{PRIMARY_MAC}` could not be read: {why}")),
+    }
+}
+
 /// What a snapshot says of the attached ENIs.
 ///
 /// # Errors
 /// The snapshot does not say which ENIs are attached or which is the primary: then nothing can be concluded from it.
 pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
     let unusable = |what: String| Err(Unusable { what });
-    let primary = match tree.get(PRIMARY_MAC) {
-        Answer::Present(mac) => match eni_mac(mac.trim()) {
-            Ok(mac) => mac,
-            Err(why) => return unusable(format!("its key `{PRIMARY_MAC}` names no primary ENI: {why}")),
-        },
-        Answer::Absent => return unusable(format!("it has no key `{PRIMARY_MAC}`, which names the primary ENI")),
-        Answer::Unknown(why) => return unusable(format!("its key `{PRIMARY_MAC}` could not be read: {why}")),
-    };
+    let primary = primary(tree)?;
     let (macs, malformed) = match tree.get(INTERFACES) {
         Answer::Present(listing) => listed_macs(&listing),
         Answer::Absent => return unusable(format!("it has no `{INTERFACES}`, the list of network interfaces")),
@@ -782,6 +801,20 @@ mod tests {
         assert!(matches!(answer(Some(Answer::Present("other\nkey".into()))), Answer::Unknown(_)));
         assert_eq!(answer(Some(Answer::Unknown("500".into()))), Answer::Unknown("500".into()));
         assert_eq!(answer(None), Answer::Absent);
+    }
+
+    #[test]
+    fn a_directory_that_is_not_found_proves_nothing_while_a_key_below_it_is() {
+        let mut tree = Tree::default();
+        tree.insert("a/", Answer::Absent);
+        tree.insert("a/never", Answer::Absent);
+        tree.insert("b/there", Answer::Present("1".into()));
+        assert_eq!(tree.get("a/never"), Answer::Absent);
+        assert_eq!(tree.get("a/not-asked-for"), Answer::Absent);
+        tree.insert("a/there", Answer::Present("1".into()));
+        assert!(matches!(tree.get("a/never"), Answer::Unknown(_)));
+        assert!(matches!(tree.get("a/not-asked-for"), Answer::Unknown(_)));
+        assert_eq!(tree.get("a/there"), Answer::Present("1".into()));
     }
 
     #[test]

@@ -36,8 +36,9 @@ const RAREST: Duration = Duration::from_secs(30);
 /// all. Half as long again each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long something that is to be repaired waits for metadata's answer.
-const GRACE: Duration = Duration::from_millis(500);
+/// How long something that is to be repaired waits for metadata's answer. It is repaired within 100 ms, the quiet before and the
+/// run itself included.
+const GRACE: Duration = Duration::from_millis(60);
 
 /// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
 /// set without a word.
@@ -91,8 +92,12 @@ struct State<'a> {
     /// When asking began, in time on a CPU.
     cpu_before: Duration,
     reading: Option<Reading>,
-    /// Until when a glance at metadata is enough: all was as it should be, and nothing has changed since.
-    glance_until: Option<Instant>,
+    /// Until when a glance tells whether metadata says something else than in the reading.
+    whole_until: Option<Instant>,
+    /// Nothing was wrong, and nothing that metadata lacks waited for proof: that takes whole readings.
+    is_plain: bool,
+    /// All was as it should be, and nothing has changed since.
+    is_settled: bool,
     /// What metadata is expected to tell of, and how soon it is asked again for that.
     expected: BTreeSet<String>,
     /// Of these the ENIs that were pending when all was settled last.
@@ -127,7 +132,9 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
-        glance_until: None,
+        whole_until: None,
+        is_plain: false,
+        is_settled: false,
         expected: BTreeSet::new(),
         pending: BTreeSet::new(),
         eager_pause: FIRST_PAUSE,
@@ -145,7 +152,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
     loop {
         match state.next(&mut events, &mut signals, alive_by).await? {
             Event::Changed => {
-                state.glance_until = None;
+                state.is_settled = false;
                 sleep(QUIET).await;
                 events.forget().context("listening to the kernel")?;
                 state.last_remover = events.last_remover().and_then(process).or(state.last_remover.take());
@@ -223,8 +230,8 @@ impl State<'_> {
             };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
             let (config, deadline) = (self.options.config.clone(), Instant::now() + self.watch.timeout);
-            let is_recent = self.glance_until.is_some_and(|until| Instant::now() < until);
-            let known = self.reading.clone().filter(|_| is_recent);
+            let is_recent = self.whole_until.is_some_and(|until| Instant::now() < until);
+            let known = self.reading.clone().filter(|_| is_recent && self.is_plain);
             self.asking = Some(read(imds, endpoint, surroundings, known, config, deadline).boxed_local());
         }
         Ok(())
@@ -277,7 +284,10 @@ impl State<'_> {
             Ok(reading) => {
                 self.failures = 0;
                 // Nothing to settle, unless something has changed while it was asked.
-                let is_as_before = reading.is_none() && self.glance_until.is_some();
+                let is_as_before = reading.is_none() && self.is_settled;
+                if reading.is_some() {
+                    self.whole_until = Some(Instant::now() + GLANCES);
+                }
                 self.reading = reading.or(self.reading.take());
                 if is_as_before {
                     self.note_still_so();
@@ -287,7 +297,8 @@ impl State<'_> {
                 (None, None)
             }
             Err(error) => {
-                self.glance_until = None;
+                self.whole_until = None;
+                self.is_settled = false;
                 self.failures += 1;
                 let doubled = self.watch.interval.saturating_mul(1 << (self.failures - 1).min(16));
                 (Some(doubled.min(LONGEST_PAUSE.max(self.watch.interval))), Some(format!("{error:#}")))
@@ -334,7 +345,8 @@ impl State<'_> {
             Ok(report) => {
                 self.note_metrics(begun, Some(&report));
                 self.take_note(&report);
-                self.glance_until = self.is_settled(&report).await.then(|| Instant::now() + GLANCES);
+                self.is_plain = report.troubles.is_empty() && report.unsettled.is_empty();
+                self.is_settled = self.is_plain && report.done.is_empty() && self.agrees().await;
             }
             Err(error) => {
                 self.note_metrics(begun, None);
@@ -362,11 +374,10 @@ impl State<'_> {
         }
     }
 
-    /// Whether all is as it should be, and nothing that metadata lacks waits for proof.
-    async fn is_settled(&mut self, report: &Report) -> bool {
+    /// Whether the kernel has what the last reading tells.
+    async fn agrees(&mut self) -> bool {
         let Some(reading) = &self.reading else { return false };
-        let is_quiet = report.done.is_empty() && report.troubles.is_empty() && report.unsettled.is_empty();
-        is_quiet && matches!(reconcile::may_differ(&mut self.netlink, reading, &self.options).await, Ok(false))
+        matches!(reconcile::may_differ(&mut self.netlink, reading, &self.options).await, Ok(false))
     }
 
     fn take_note(&mut self, report: &Report) {
@@ -405,7 +416,8 @@ impl State<'_> {
             Err(error) => tracing::warn!("{error:#}; going on with the configuration from before"),
         }
         self.last_trouble.clear();
-        self.glance_until = None;
+        self.whole_until = None;
+        self.is_settled = false;
     }
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,42 @@ fn assert_refused(machine: &Machine, arguments: &str, exit: i32, words: &[&str])
     let difference = difference(&before, &dump()?);
     ensure!(difference.is_empty(), "eniup {arguments} changed something:\n{difference}");
     Ok(())
+}
+
+/// Kills a program as a fault of its own would and gives whether the kernel wrote a core.
+fn dies_with_core(mut command: Command) -> Result<bool> {
+    let limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    let allow = move || match unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    };
+    let folder = tempfile::tempdir()?;
+    // SAFETY: one system call between fork and exec, which allocates nothing.
+    unsafe { command.pre_exec(allow) };
+    let mut child = command.current_dir(folder.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    // Until it is past its beginning.
+    std::thread::sleep(Duration::from_millis(500));
+    // SAFETY: the child was not waited for, so the number is its own.
+    ensure!(unsafe { libc::kill(child.id() as i32, libc::SIGABRT) } == 0);
+    let status = child.wait()?;
+    ensure!(status.signal() == Some(libc::SIGABRT), "{status}");
+    Ok(status.core_dumped())
+}
+
+/// It would hold the token.
+#[test]
+fn a_process_that_dies_leaves_no_core() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let rule = Rule::new("*", Occurrences::Always, Action::Hang).only(Method::Get);
+            machine.service.set_faults(Faults { rules: vec![rule], ..Faults::default() });
+            let mut sleep = Command::new("sleep");
+            sleep.arg("60");
+            ensure!(dies_with_core(sleep)?, "cores cannot be had of any program: is the hard limit 0?");
+            ensure!(!dies_with_core(machine.command("reconcile --timeout 60s"))?, "there is a core of eniup");
+            Ok(())
+        })
+    });
 }
 
 #[test]

@@ -189,6 +189,27 @@ fn where_nothing_is_to_be_done_there_is_nothing_to_confirm() {
     });
 }
 
+/// The service counts packets by the second, whichever run sends them.
+#[test]
+fn it_reads_metadata_no_oftener_than_any_other_run() {
+    inside(|| {
+        let reads = |machine: &Machine| machine.service.requests().gets_by_path.values().sum::<u64>();
+        let plain = with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            Ok(reads(machine))
+        })?;
+        let on_trial = with_two_enis(|machine| {
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            let on_trial = reads(machine);
+            guard.killed()?;
+            Ok(on_trial)
+        })?;
+        // The first request is for the primary alone, so that its way can be watched.
+        ensure!(plain > 10 && on_trial <= plain + 1, "{on_trial} requests on trial, {plain} else");
+        Ok(())
+    });
+}
+
 #[test]
 fn its_help_says_how_to_use_it() {
     inside(|| {

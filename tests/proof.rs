@@ -15,6 +15,7 @@ use eniup::proof::{Judgement, Sighting, Taken, judge};
 use support::machine::{Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_two_enis};
 use support::moments::{arrange, observe, settled_dump};
 use support::{Scenario, scenarios};
+use vpc_lab::metadata::Published;
 
 /// Those in which a machine may have to give something up, and no link is somebody else's.
 fn losing() -> Result<Vec<Scenario>> {
@@ -161,6 +162,76 @@ fn an_automatic_run_keeps_what_metadata_lacks_once_and_ends_as_one_by_hand_when_
             }
         }
         ensure!(told > 15, "only {told} lies were told");
+        Ok(())
+    });
+}
+
+/// What metadata says of the second ENI while it is attached and detached: each moment's own leaves, of all that it has in the
+/// end, and whether its MAC is listed.
+fn moments(leaves: &Leaves, mac: &str) -> [(&'static str, Leaves, bool); 6] {
+    let with = |keys: &[&str], other: &[(&str, &str)]| -> Leaves {
+        let is_there = |path: &String| {
+            !path.contains(mac) || keys.iter().any(|key| *key == "*" || path.ends_with(&format!("/{key}")))
+        };
+        let mut then: Leaves = leaves.clone();
+        then.retain(|path, _| is_there(path));
+        let directory = format!("network/interfaces/macs/{mac}");
+        then.extend(other.iter().map(|(key, value)| (format!("{directory}/{key}"), value.to_string())));
+        then
+    };
+    let placeholder = with(&["interface-id", "mac"], &[("device-number", "0")]);
+    [
+        ("not listed", with(&[], &[]), false),
+        ("listed without keys", with(&[], &[]), true),
+        ("another device number", placeholder, true),
+        ("some addresses", with(&["*"], &[("local-ipv4s", "10.0.1.20"), ("ipv6s", "2600:1f16:67f:f201::14")]), true),
+        ("all", with(&["*"], &[]), true),
+        ("listed without keys, detached", with(&[], &[]), true),
+    ]
+}
+
+/// Whichever of its moments follows which, as a service may tell it that is read by turns of several.
+#[test]
+fn no_moment_of_an_attach_takes_away_what_another_gave() {
+    inside(|| {
+        let scenario = scenario("two-subnets-dual-stack")?;
+        let (mac, primary) = ("02:00:00:00:00:02", scenario.attached.primary.to_string());
+        let leaves = read_leaves(&scenario.folder.join("metadata.json"))?;
+        let moments = moments(&leaves, mac);
+        let publish = |machine: &Machine, (_, leaves, is_listed): &(&str, Leaves, bool)| {
+            let macs = [Some(primary.as_str()), is_listed.then_some(mac)].into_iter().flatten();
+            let listing: Vec<String> = macs.map(|mac| format!("{mac}/")).collect();
+            let listings = [("network/interfaces/macs/".to_string(), listing.join("\n"))];
+            *machine.tree.lock().unwrap() = Published::raw(leaves.clone(), listings.into());
+        };
+        let whole = with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            Ok(addresses_of(&observe()?))
+        })?;
+        ensure!(whole.len() > 3, "{whole:?}");
+        for first in &moments {
+            for second in &moments {
+                with_two_enis(|machine| {
+                    let what = format!("{}, then {}", first.0, second.0);
+                    for moment in [first, second] {
+                        publish(machine, moment);
+                        let before = addresses_of(&observe()?);
+                        let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+                        let is_told = ["not listed", "some addresses", "all"].contains(&moment.0);
+                        let exit = if is_told { 0 } else { 3 };
+                        ensure!(run.exit == exit, "{what}: exit {} at `{}`: {}", run.exit, moment.0, run.stderr);
+                        let after = addresses_of(&observe()?);
+                        ensure!(before.is_subset(&after), "{what}: gone at `{}`: {}", moment.0, run.stderr);
+                        let is_there = is_told && moment.0 != "not listed";
+                        ensure!(!is_there || after.len() > 1, "{what}: nothing is there: {}", run.stderr);
+                    }
+                    publish(machine, &moments[4]);
+                    machine.reconcile(0)?;
+                    ensure!(addresses_of(&observe()?) == whole, "{what}: not whole in the end");
+                    machine.assert_settled().with_context(|| what)
+                })?;
+            }
+        }
         Ok(())
     });
 }

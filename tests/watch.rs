@@ -177,6 +177,7 @@ fn what_others_undo_is_repaired_when_the_kernel_tells() {
         let web = watched()?;
         let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
         until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        web.lab.service("web")?.reset_counters();
         for (broken, whole) in [
             ("rule del priority 24001", "rule"),
             ("route flush table 20001", "route show table 20001"),
@@ -188,6 +189,10 @@ fn what_others_undo_is_repaired_when_the_kernel_tells() {
             let took = until(broken, || Ok(web.ip(whole)? == before && web.answers("10.0.1.20")?))?;
             eprintln!("{broken}: repaired after {took:?}");
         }
+        // Whether metadata says something else by now takes a glance.
+        let gets = web.lab.service("web")?.requests().gets_by_path;
+        let count = |key: &str| gets.iter().filter(|(path, _)| path.ends_with(key)).map(|(_, n)| n).sum::<u64>();
+        ensure!(count("/macs/") >= 4 && count("device-number") == 0, "{gets:#?}");
         Ok(())
     });
 }

@@ -252,6 +252,16 @@ impl Imds {
         self.read(reading).await
     }
 
+    /// A snapshot that says which ENI is the primary and nothing else, in one request.
+    ///
+    /// # Errors
+    /// As for [`Imds::snapshot`].
+    pub async fn primary(&mut self) -> Result<Tree, Error> {
+        let mut reading = Reading::new(Tree::default(), Scope::Routing, self.certain_keys);
+        reading.ask(PRIMARY_MAC.into());
+        self.read(reading).await
+    }
+
     /// The snapshot as it is by now, as far as these ENIs are concerned, and those that have come or gone since. What was
     /// read of the others stands.
     ///

@@ -52,6 +52,15 @@ struct State {
     drops: Drops,
     delivered: u64,
     last_drops: VecDeque<String>,
+    losses: BTreeMap<Port, Loss>,
+}
+
+/// What is lost of all that comes from a port and goes to it.
+struct Loss {
+    /// 0 to 1.
+    share: f64,
+    random: fastrand::Rng,
+    lost: u64,
 }
 
 #[derive(Clone)]
@@ -126,6 +135,22 @@ impl Fabric {
         let state = self.shared.state();
         let plug = state.ports.get(port).with_context(|| format!("{port:?} is not plugged"))?;
         plug.end.write(frame).with_context(|| format!("handing {port:?} a frame"))
+    }
+
+    /// Loses this share (0 to 1) of the frames that come from a port and go to it, from here on; which of them follows from
+    /// the seed.
+    pub fn set_loss(&self, port: Port, share: f64, seed: u64) {
+        let loss = Loss { share, random: fastrand::Rng::with_seed(seed), lost: 0 };
+        self.shared.state().losses.insert(port, loss);
+    }
+
+    /// Frames of a port that were lost since [`Self::set_loss`].
+    pub fn lost(&self, port: &Port) -> u64 {
+        self.shared.state().losses.get(port).map_or(0, |loss| loss.lost)
+    }
+
+    pub fn end_loss(&self, port: &Port) {
+        self.shared.state().losses.remove(port);
     }
 
     pub fn drops(&self) -> Drops {
@@ -226,6 +251,7 @@ impl State {
             Verdict::Ignore => None,
             Verdict::Drop(reason) => Some(reason),
             Verdict::Reply(reply) => put(end, &reply),
+            Verdict::Deliver { to, .. } if self.is_lost(port) || self.is_lost(&to) => Some(Reason::Loss),
             Verdict::Deliver { to, frame } => match self.ports.get(&to) {
                 Some(plug) => put(&*plug.end, &frame),
                 None => Some(Reason::NotAttached),
@@ -241,6 +267,13 @@ impl State {
             }
             None => self.delivered += 1,
         }
+    }
+
+    fn is_lost(&mut self, port: &Port) -> bool {
+        let Some(loss) = self.losses.get_mut(port) else { return false };
+        let is_lost = loss.random.f64() < loss.share;
+        loss.lost += u64::from(is_lost);
+        is_lost
     }
 }
 

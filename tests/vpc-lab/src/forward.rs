@@ -58,6 +58,8 @@ pub enum Reason {
     NotAttached,
     /// The guest's link takes no frames: it is down.
     LinkDown,
+    /// The lab was told to lose it.
+    Loss,
     Malformed,
 }
 
@@ -76,6 +78,7 @@ impl fmt::Display for Reason {
             Reason::NoPublicAddress => "no-public-address",
             Reason::NotAttached => "not-attached",
             Reason::LinkDown => "link-down",
+            Reason::Loss => "loss",
             Reason::Malformed => "malformed",
         })
     }

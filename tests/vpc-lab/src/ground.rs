@@ -12,10 +12,13 @@ use fastrand::Rng;
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::flows::{self, FlowSpec};
+use crate::imds::Faults;
 use crate::kernel::{self, Rule};
 use crate::lab::{Distribution, Lab};
+use crate::metadata::Propagation;
 use crate::probe::{Bound, Kind, Outcome, Probe};
-use crate::vpc::{CreateEni, EniId};
+use crate::trouble::Trouble;
+use crate::vpc::{CreateEni, EniId, Port};
 
 /// eniup's mark, which its documents promise.
 const MARK: u8 = 176;
@@ -125,6 +128,81 @@ impl Ground {
         self.lab.eniup(&self.name, &arguments.split_whitespace().collect::<Vec<_>>())
     }
 
+    /// Metadata lags behind what changes from here on. What it says of this moment is what it will lie about.
+    pub fn lag(&self, trouble: &Trouble) -> Result<()> {
+        self.lab.service(&self.name)?.remember();
+        if let Some(propagation) = &trouble.propagation {
+            self.lab.set_propagation(&self.name, propagation.clone())?;
+        }
+        let macs: Vec<String> = {
+            let world = self.lab.world();
+            let enis = self.lasting.iter().chain(&self.guests).filter_map(|eni| world.eni(eni).ok());
+            enis.map(|eni| eni.mac.to_string()).collect()
+        };
+        let mut published = self.lab.published(&self.name)?;
+        for key in &trouble.held {
+            match key {
+                Some(key) => published.hold(&format!("*/{key}")),
+                None => macs.iter().for_each(|mac| published.hold(&format!("network/interfaces/macs/{mac}"))),
+            }
+        }
+        Ok(())
+    }
+
+    /// From here on requests fail and packets are lost.
+    pub fn spoil(&self, trouble: &Trouble) -> Result<()> {
+        let service = self.lab.service(&self.name)?;
+        service.reset_counters();
+        service.set_faults(trouble.rules());
+        if trouble.loss > 0.0 {
+            self.lab.fabric.set_loss(self.metadata_port()?, trouble.loss, trouble.faults.seed);
+        }
+        Ok(())
+    }
+
+    /// Requests that a fault has touched and packets that were lost since [`Self::spoil`].
+    pub fn faults(&self) -> Result<u64> {
+        Ok(self.lab.service(&self.name)?.requests().faults + self.lab.fabric.lost(&self.metadata_port()?))
+    }
+
+    /// Requests are answered as they should be, with what metadata knows by now.
+    pub fn cure(&self) -> Result<()> {
+        self.lab.fabric.end_loss(&self.metadata_port()?);
+        self.lab.service(&self.name)?.set_faults(Faults::default());
+        Ok(())
+    }
+
+    /// Metadata tells the truth, at once.
+    pub fn heal(&self) -> Result<()> {
+        self.cure()?;
+        self.lab.set_propagation(&self.name, Propagation::default())?;
+        let mut published = self.lab.published(&self.name)?;
+        published.hold("*");
+        published.release("*");
+        Ok(())
+    }
+
+    fn metadata_port(&self) -> Result<Port> {
+        let instance = self.lab.instances().find(|(name, _)| *name == self.name).context("no instance")?.1;
+        Ok(Port::Metadata(instance.to_string()))
+    }
+
+    /// What of EC2's addresses and prefixes the instance's kernel has: addresses, whoever added them, and prefixes of which
+    /// there is a rule or route of eniup's.
+    pub fn own(&self) -> Result<BTreeSet<String>> {
+        self.lab.node(&self.name)?.enter(|| {
+            let addresses = kernel::addresses()?.into_iter().map(|address| address.to_string());
+            let mut own: BTreeSet<String> = addresses.collect();
+            for (_, extra) in EXTRAS {
+                let prefix: IpNet = extra.parse()?;
+                if !kernel::traces(MARK, &[prefix], None)?.is_empty() {
+                    own.insert(format!("a rule from {prefix}"));
+                }
+            }
+            Ok(own)
+        })
+    }
+
     /// The addresses that ENIs of the instance were made with and that never go.
     pub fn lasting_addresses(&self) -> Result<Vec<IpAddr>> {
         let world = self.lab.world();
@@ -198,6 +276,14 @@ impl Ground {
             specs.push(spec(&self.clients[0], to, flows::Kind::Udp, if is_first(to) { 1 } else { 10 }));
         }
         Ok(specs)
+    }
+
+    /// Those of the primary's first addresses, which the distribution has configured.
+    pub fn flow_specs_of_primary(&self) -> Result<Vec<FlowSpec>> {
+        let world = self.lab.world();
+        let primary = world.eni(&self.lasting[0])?;
+        let first = [primary.ipv4s.first().map(|a| IpAddr::from(*a)), primary.ipv6s.first().map(|a| IpAddr::from(*a))];
+        Ok(self.flow_specs()?.into_iter().filter(|spec| first.contains(&Some(spec.to))).collect())
     }
 
     /// One of EC2's verbs; what was done.

@@ -85,6 +85,9 @@ pub enum Occurrences {
     EveryNth(u64),
     /// 0 to 1.
     Probability(f64),
+    /// `OnEveryNthConnection(2)`: all requests on the second connection, the fourth and so on, as if there were as many
+    /// services behind one address.
+    OnEveryNthConnection(u64),
     Always,
 }
 
@@ -117,6 +120,8 @@ pub enum Action {
     ExpireToken,
     /// No answer, for as long as the client waits.
     Hang,
+    /// What a read gave when [`Service::remember`] was called.
+    Stale,
 }
 
 impl Rule {
@@ -145,9 +150,10 @@ fn random_rule(random: &mut fastrand::Rng) -> Rule {
         Occurrences::FirstN(random.u64(1..=4)),
         Occurrences::EveryNth(random.u64(2..=6)),
         Occurrences::Probability(random.f64() * 0.5),
+        Occurrences::OnEveryNthConnection(random.u64(2..=3)),
     ];
     let actions = [
-        Action::Status([429, 500, 502, 503, 504][random.usize(0..5)]),
+        Action::Status([401, 429, 500, 502, 503, 504][random.usize(0..6)]),
         Action::Delay(Duration::from_millis(random.u64(1..=500))),
         Action::Reset,
         Action::Close,
@@ -213,6 +219,12 @@ impl Service {
         self.shared.state().faults = FaultState::new(faults);
     }
 
+    /// Keeps what reads give at this moment, for [`Action::Stale`].
+    pub fn remember(&self) {
+        let tree = self.shared.tree.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.shared.state().remembered = Some((Arc::new(tree), Instant::now()));
+    }
+
     /// The time each request waits for its answer.
     pub fn set_latency(&self, latency: Duration) {
         self.shared.state().latency = latency;
@@ -274,6 +286,8 @@ struct State {
     latency: Duration,
     tokens: Tokens,
     faults: FaultState,
+    /// A tree and the moment it is read at.
+    remembered: Option<(Arc<Published>, Instant)>,
     counters: Counters,
     in_flight: u64,
     connections: HashMap<u64, Arc<TcpStream>>,
@@ -330,13 +344,13 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         let Some(number) = shared.enter(&connection) else { continue };
         let shared = shared.clone();
         std::thread::spawn(move || {
-            let _ = serve_connection(&connection, &shared);
+            let _ = serve_connection(&connection, number, &shared);
             shared.leave(number, connection);
         });
     }
 }
 
-fn serve_connection(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
+fn serve_connection(connection: &TcpStream, number: u64, shared: &Shared) -> io::Result<()> {
     connection.set_nodelay(true)?;
     connection.set_read_timeout(Some(PATIENCE))?;
     connection.set_write_timeout(Some(PATIENCE))?;
@@ -351,15 +365,15 @@ fn serve_connection(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
                 return refuse(connection, &refusal);
             }
         };
-        if !answer_request(connection, shared, &request)? {
+        if !answer_request(connection, number, shared, &request)? {
             return Ok(());
         }
     }
 }
 
 /// Answers, and says whether the connection lives on.
-fn answer_request(mut connection: &TcpStream, shared: &Shared, request: &Request) -> io::Result<bool> {
-    let (fault, latency, keep_alive) = shared.state().begin(request);
+fn answer_request(mut connection: &TcpStream, number: u64, shared: &Shared, request: &Request) -> io::Result<bool> {
+    let (fault, latency, keep_alive) = shared.state().begin(request, number);
     if !latency.is_zero() {
         shared.pause(latency);
     }
@@ -391,13 +405,13 @@ fn answer_request(mut connection: &TcpStream, shared: &Shared, request: &Request
 }
 
 impl State {
-    fn begin(&mut self, request: &Request) -> (Option<Action>, Duration, bool) {
+    fn begin(&mut self, request: &Request, connection: u64) -> (Option<Action>, Duration, bool) {
         self.in_flight += 1;
         self.counters.max_in_flight = self.counters.max_in_flight.max(self.in_flight);
         if request.is_read() {
             *self.counters.gets_by_path.entry(request.path.clone()).or_default() += 1;
         }
-        let fault = self.faults.next(request.method, &request.path);
+        let fault = self.faults.next(request.method, &request.path, connection);
         self.counters.faults += u64::from(fault.is_some());
         if let (Some(Action::ExpireToken), Some(token)) = (&fault, request.header(TOKEN_HEADER)) {
             self.tokens.forget(token);
@@ -440,6 +454,10 @@ fn respond(shared: &Shared, request: &Request, fault: Option<&Action>) -> Respon
     match permission {
         Permission::Refused(response) => response,
         Permission::Read { seconds_left } => {
+            let remembered = if fault == Some(&Action::Stale) { shared.state().remembered.clone() } else { None };
+            if let Some((tree, then)) = remembered {
+                return read(&tree, &request.path, then).with(TTL_HEADER, seconds_left.to_string());
+            }
             let tree = shared.tree.lock().unwrap_or_else(PoisonError::into_inner);
             read(&tree, &request.path, now).with(TTL_HEADER, seconds_left.to_string())
         }
@@ -546,8 +564,8 @@ impl FaultState {
         FaultState { random, matched: vec![0; faults.rules.len()], requests: 0, faults }
     }
 
-    /// The fault of the next request. Rules behind the one that acts do not count the request.
-    fn next(&mut self, method: Method, path: &str) -> Option<Action> {
+    /// The fault of the next request; connections count from 0. Rules behind the one that acts do not count the request.
+    fn next(&mut self, method: Method, path: &str, connection: u64) -> Option<Action> {
         self.requests += 1;
         if self.faults.well_after.is_some_and(|requests| self.requests > requests) {
             return None;
@@ -564,6 +582,7 @@ impl FaultState {
                 Occurrences::Probability(probability) => {
                     self.random.as_mut().is_some_and(|random| random.f64() < probability)
                 }
+                Occurrences::OnEveryNthConnection(n) => n > 0 && (connection + 1).is_multiple_of(n),
                 Occurrences::Always => true,
             };
             if is_its_turn {
@@ -594,7 +613,8 @@ fn response_of_fault(fault: &Action) -> Option<Response> {
         | Action::Garbage
         | Action::WrongContentLength
         | Action::ExpireToken
-        | Action::Hang => None,
+        | Action::Hang
+        | Action::Stale => None,
     }
 }
 
@@ -661,7 +681,8 @@ fn deliver(request: &Request, response: Response, fault: Option<&Action>, keep_a
             | Action::NotUtf8
             | Action::Body(_)
             | Action::Redirect(_)
-            | Action::ExpireToken,
+            | Action::ExpireToken
+            | Action::Stale,
         )
         | None => whole(keep_alive),
     }
@@ -1133,9 +1154,9 @@ mod tests {
         let turns = |occurrences| {
             let rules = vec![Rule::new("*/mac", occurrences, Action::Close).only(Method::Get)];
             let mut state = FaultState::new(Faults { seed: 7, rules, well_after: Some(9) });
-            assert_eq!(state.next(Method::Put, "/latest/meta-data/mac"), None);
-            assert_eq!(state.next(Method::Get, "/latest/api/token"), None);
-            let of_turn = |_| if state.next(Method::Get, "/latest/meta-data/mac").is_some() { 'x' } else { '.' };
+            assert_eq!(state.next(Method::Put, "/latest/meta-data/mac", 0), None);
+            assert_eq!(state.next(Method::Get, "/latest/api/token", 0), None);
+            let of_turn = |_| if state.next(Method::Get, "/latest/meta-data/mac", 0).is_some() { 'x' } else { '.' };
             (0..8).map(of_turn).collect::<String>()
         };
         assert_eq!(turns(Occurrences::FirstN(2)), "xx......");
@@ -1147,13 +1168,30 @@ mod tests {
     }
 
     #[test]
+    fn every_second_connection_can_be_another_service() {
+        let lab = Lab::new();
+        lab.service.remember();
+        let by_now = BTreeMap::from([("mac".to_string(), "06:00:00:00:00:02".to_string())]);
+        *lab.service.shared.tree.lock().unwrap() = Published::raw(by_now, BTreeMap::new());
+        let rule = Rule::new("*", Occurrences::OnEveryNthConnection(2), Action::Stale);
+        lab.service.set_faults(Faults { rules: vec![rule], ..Faults::default() });
+        let mut clients = [lab.client(), lab.client()];
+        let token = clients[0].token();
+        let of_each = |_| clients.each_mut().map(|client| client.get("mac", &token).text());
+        let read: Vec<[String; 2]> = (0..2).map(of_each).collect();
+        assert_eq!(read, vec![["06:00:00:00:00:02", MAC].map(String::from); 2]);
+        // A token is no tree's: the second connection takes the first one's.
+        assert_eq!(lab.service.requests().tokens, 1);
+    }
+
+    #[test]
     fn the_first_rule_whose_turn_it_is_acts() {
         let rules = vec![
             Rule::new("mac", Occurrences::FirstN(1), Action::Close),
             Rule::new("/latest/meta-data/*", Occurrences::FirstN(1), Action::Reset),
         ];
         let mut state = FaultState::new(Faults { rules, ..Faults::default() });
-        let mut next = || state.next(Method::Get, "/latest/meta-data/mac");
+        let mut next = || state.next(Method::Get, "/latest/meta-data/mac", 0);
         assert_eq!([next(), next(), next()], [Some(Action::Close), Some(Action::Reset), None]);
     }
 
@@ -1203,8 +1241,8 @@ mod tests {
             let faults = Faults::random(seed);
             let well_after = faults.well_after.unwrap();
             let mut state = FaultState::new(faults);
-            (0..well_after).for_each(|_| drop(state.next(Method::Get, "/latest/meta-data/mac")));
-            assert!((0..100).all(|_| state.next(Method::Get, "/latest/meta-data/mac").is_none()), "seed {seed}");
+            (0..well_after).for_each(|_| drop(state.next(Method::Get, "/latest/meta-data/mac", 0)));
+            assert!((0..100).all(|_| state.next(Method::Get, "/latest/meta-data/mac", 0).is_none()), "seed {seed}");
         }
     }
 

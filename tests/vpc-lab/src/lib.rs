@@ -30,6 +30,7 @@ pub mod shell;
 pub mod storm;
 pub mod table;
 pub mod trials;
+pub mod trouble;
 pub mod vigil;
 pub mod vpc;
 pub mod wire;
