@@ -249,6 +249,8 @@ pub struct Attached {
     pub shared: BTreeMap<MacAddr, String>,
     /// What the configuration chooses for ENIs.
     pub choices: BTreeMap<MacAddr, Choices>,
+    /// Entries of the configuration that mean none of these, and what that may come of.
+    pub idle: Vec<String>,
 }
 
 /// An attached ENI that is somebody else's to configure. It counts where others must not be taken for it.

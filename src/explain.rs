@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::eni::{Attached, Eni};
-use crate::fib::{Outcome, Packet, Way, lookup};
-use crate::net::{HasFamily, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::fib::{Outcome, Packet, Way, is_for_many, lookup};
+use crate::net::{Family, HasFamily, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::operation::RuleText;
 use crate::policy;
 
@@ -24,7 +24,7 @@ pub enum Said {
         /// The source that it would give to a packet without one.
         source: Option<IpAddr>,
     },
-    /// It was not asked, or had no answer to this, for this reason.
+    /// It was not asked, or its answer tells no way, for this reason.
     Nothing(String),
 }
 
@@ -83,7 +83,7 @@ pub fn explain(known: &Known, packet: &Packet, said: &Said) -> Explanation {
     };
     let kernel_agrees = kernels_way.filter(|_| !matches!(answer.way, Way::Unknown(_))).map(|way| way == answer.way);
     let kernel = match (said, kernel_agrees) {
-        (Said::Nothing(why), _) => format!("The kernel was not asked: {why}."),
+        (Said::Nothing(why), _) => format!("The kernel does not tell: {why}."),
         (Said::Way { .. }, Some(true)) => "The kernel says the same.".into(),
         (Said::Way { way, .. }, Some(false)) => {
             format!("The kernel does NOT agree: {} Trust the kernel, and report this.", known.show_way(*way))
@@ -128,6 +128,13 @@ impl Known<'_> {
         let (mac, eni) =
             enis.find(|(_, eni)| eni.sources(address.family()).iter().any(|source| source.contains(&address)))?;
         Some(Owner { mac: *mac, eni })
+    }
+
+    /// Also where it is the broadcast address of an ENI's subnet.
+    fn is_for_many(&self, destination: IpAddr) -> bool {
+        let enis = self.attached.iter().flat_map(|attached| attached.ready.values());
+        let mut subnets = enis.flat_map(|eni| eni.subnets(Family::V4));
+        is_for_many(destination) || destination.is_ipv4() && subnets.any(|subnet| subnet.broadcast() == destination)
     }
 
     fn mac_of(&self, link: u32) -> Option<MacAddr> {
@@ -224,7 +231,13 @@ impl Known<'_> {
 
     /// Whether the VPC takes the packet from the ENI by which it leaves.
     fn vpc(&self, packet: &Packet, way: Way, source: Option<IpAddr>) -> (Option<bool>, String) {
-        let Way::Out { link, .. } = way else { return (None, "The VPC does not see it.".into()) };
+        let link = match way {
+            Way::Out { link, .. } => link,
+            Way::Here | Way::Nowhere(_) => return (None, "The VPC does not see it.".into()),
+            Way::Unknown(_) => {
+                return (None, "Whether the VPC takes it cannot be told: its way is not known.".into());
+            }
+        };
         let attached = match &self.attached {
             Ok(attached) => attached,
             Err(why) => return (None, format!("Whether the VPC takes it cannot be told: {why}.")),
@@ -236,6 +249,12 @@ impl Known<'_> {
         let Some(eni) = attached.ready.get(&mac) else {
             return (None, "Whether the VPC takes it cannot be told: metadata is not complete for that ENI.".into());
         };
+        // User Guide for VPC, "Subnet routing": "we do not support broadcast or multicast".
+        if self.is_for_many(packet.destination) {
+            let why =
+                "The VPC delivers it to nobody: it carries no broadcast, and multicast only by a transit gateway.";
+            return (Some(false), why.into());
+        }
         let Some(source) = source else {
             return (None, "Whether the VPC takes it depends on the source that it gets.".into());
         };
@@ -261,9 +280,15 @@ impl Known<'_> {
 
     /// By which link an answer to the packet comes in, and what becomes of it.
     fn reply(&self, packet: &Packet, way: Way, source: Option<IpAddr>) -> (Option<bool>, String) {
+        if let Way::Unknown(_) = way {
+            return (None, "Whether a reply comes in by the same link cannot be told: its way is not known.".into());
+        }
         let (Way::Out { link, .. }, Some(source)) = (way, source) else {
             return (None, "There is no reply to it.".into());
         };
+        if self.is_for_many(packet.destination) {
+            return (None, "Nobody there replies to it.".into());
+        }
         if let Err(why) = &self.attached {
             return (None, format!("By which ENI a reply comes in cannot be told: {why}."));
         }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use crate::net::{Family, HasFamily, Observed, Route, RouteKind, Rule};
 
 /// As much of a packet as rules and routes look at.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Packet {
     /// None: the socket is not bound to an address, so that rules with `from` pass it by.
     pub source: Option<IpAddr>,
@@ -67,11 +67,13 @@ pub enum Doubt {
     Rule,
     /// Rules of one priority disagree, and the order in which they were added is not known.
     OrderOfRules { priority: u32 },
-    /// Several routes with the same destination and metric.
+    /// Several routes with the same destination and metric, by which it goes different ways.
     EqualRoutes,
     /// A route that is not told in full: it has many next hops, or one of the other family, a type of service, a
     /// source prefix or a kind of its own.
     Route,
+    /// What comes in for many goes to whoever has joined, which is not among the facts.
+    Multicast,
 }
 
 /// What came of trying a rule.
@@ -94,7 +96,9 @@ pub enum Outcome<'a> {
 /// `RTN_*` of `linux/rtnetlink.h`.
 mod kind {
     pub const LOCAL: u8 = 2;
+    pub const BROADCAST: u8 = 3;
     pub const ANYCAST: u8 = 4;
+    pub const MULTICAST: u8 = 5;
     pub const BLACKHOLE: u8 = 6;
     pub const PROHIBIT: u8 = 8;
     pub const THROW: u8 = 9;
@@ -108,6 +112,10 @@ pub fn lookup<'a>(observed: &'a Observed, packet: &Packet) -> Answer<'a> {
     let mut answer = Answer { way: Way::Nowhere(Refusal::NoRoute), rule: None, route: None, trace: Vec::new() };
     if packet.output.is_some_and(|link| observed.links.get(&link).is_none_or(|link| !link.is_up)) {
         answer.way = Way::Nowhere(Refusal::LinkDown);
+        return answer;
+    }
+    if let Some(way) = way_without_rules(observed, packet) {
+        answer.way = way;
         return answer;
     }
     let of_family = |rule: &&Rule| rule.family == packet.destination.family();
@@ -135,7 +143,42 @@ pub fn lookup<'a>(observed: &'a Observed, packet: &Packet) -> Answer<'a> {
     {
         (answer.way, answer.rule, answer.route) = (Way::Out { link, gateway: None }, None, None);
     }
+    // "If multicast route do not exist use default one, but do not gateway in this case" (`__mkroute_output`).
+    let is_direct = |route: &Route| is_broadcast(packet.destination) || route.destination.prefix_len() < 4;
+    if let (IpAddr::V4(_), Way::Out { link, .. }, Some(route)) = (packet.destination, answer.way, answer.route)
+        && is_for_many(packet.destination)
+        && is_direct(route)
+    {
+        answer.way = Way::Out { link, gateway: None };
+    }
     answer
+}
+
+/// Whether a packet to this address is for whoever listens. The broadcast addresses of networks are for routes to know.
+pub fn is_for_many(destination: IpAddr) -> bool {
+    destination.is_multicast() || is_broadcast(destination)
+}
+
+fn is_broadcast(destination: IpAddr) -> bool {
+    destination == IpAddr::from(Ipv4Addr::BROADCAST)
+}
+
+/// The way of a packet for many, where the kernel looks at no rule for it: it leaves by the link that the socket is bound
+/// to, or else by the one that has its source (`ip_route_output_key_hash_rcu`).
+fn way_without_rules(observed: &Observed, packet: &Packet) -> Option<Way> {
+    let Packet { source, destination, input, output, .. } = *packet;
+    match (destination, input, output, source) {
+        (to, Some(_), ..) if to.is_multicast() => Some(Way::Unknown(Doubt::Multicast)),
+        (to, Some(_), ..) if is_broadcast(to) => Some(Way::Here),
+        (IpAddr::V4(to), None, Some(link), _) if to.is_broadcast() || to.octets().starts_with(&[224, 0, 0]) => {
+            Some(Way::Out { link, gateway: None })
+        }
+        (IpAddr::V4(_), None, None, Some(source)) if is_for_many(destination) => {
+            let (link, _) = observed.addresses.iter().find(|(_, address)| address.net.addr() == source)?;
+            Some(Way::Out { link: *link, gateway: None })
+        }
+        _ => None,
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -181,15 +224,21 @@ fn try_rule<'a>(observed: &'a Observed, packet: &Packet, rule: &Rule) -> Outcome
         let is_target = |other: &Rule| other.family == rule.family && other.priority == target;
         return if observed.rules.iter().any(is_target) { Outcome::Jumped(target) } else { Outcome::NoTarget };
     }
-    let (link, route) = match find_route(observed, packet, rule.table) {
-        Ok(None) => return Outcome::NoRoute,
-        Ok(Some(found)) => found,
-        Err(doubt) => return Outcome::Decided(Way::Unknown(doubt), None),
-    };
+    let routes = find_routes(observed, packet, rule.table);
+    let mut outcomes = routes.into_iter().map(|(link, route)| outcome(observed, packet, rule, link, route));
+    let Some(first) = outcomes.next() else { return Outcome::NoRoute };
+    match outcomes.all(|other| comes_to_the_same(first, other)) {
+        true => first,
+        false => Outcome::Decided(Way::Unknown(Doubt::EqualRoutes), None),
+    }
+}
+
+/// What comes of a rule whose table has this route for the packet.
+fn outcome<'a>(observed: &Observed, packet: &Packet, rule: &Rule, link: Option<u32>, route: &'a Route) -> Outcome<'a> {
     if route.kind == RouteKind::Other(kind::THROW) {
         return Outcome::Thrown(route);
     }
-    let way = way(link, route);
+    let way = way(packet, link, route);
     // A route that refuses is an error to the kernel, and only a success is suppressed.
     if !matches!(way, Way::Nowhere(_)) {
         if rule.suppress_prefix_length.is_some_and(|length| u32::from(route.destination.prefix_len()) <= length) {
@@ -201,6 +250,15 @@ fn try_rule<'a>(observed: &'a Observed, packet: &Packet, rule: &Rule) -> Outcome
         }
     }
     Outcome::Decided(way, Some(route))
+}
+
+/// Whether it is all one which of two equal routes the kernel takes.
+fn comes_to_the_same(one: Outcome, other: Outcome) -> bool {
+    match (one, other) {
+        (Outcome::Thrown(_), Outcome::Thrown(_)) | (Outcome::Suppressed(_), Outcome::Suppressed(_)) => true,
+        (Outcome::Decided(way, _), Outcome::Decided(other, _)) => way == other,
+        _ => false,
+    }
 }
 
 fn are_selectors_met(observed: &Observed, packet: &Packet, rule: &Rule) -> bool {
@@ -223,26 +281,19 @@ fn are_selectors_met(observed: &Observed, packet: &Packet, rule: &Rule) -> bool 
     is_from && is_to && is_in && is_out && is_marked
 }
 
-/// The longest prefix's route of the lowest metric by which the packet may leave.
+/// The longest prefix's route of the lowest metric by which the packet may leave; several, if that does not tell them
+/// apart.
 ///
 /// IPv6 also prefers gateways of which it does not know that they are silent; that is not among the facts.
-fn find_route<'a>(
-    observed: &'a Observed,
-    packet: &Packet,
-    table: u32,
-) -> Result<Option<(Option<u32>, &'a Route)>, Doubt> {
+fn find_routes<'a>(observed: &'a Observed, packet: &Packet, table: u32) -> Vec<(Option<u32>, &'a Route)> {
     let rank = |route: &Route| (Reverse(route.destination.prefix_len()), route.metric);
     let in_table = observed.routes.iter().filter(|(_, route)| route.table == table);
     let usable: Vec<(Option<u32>, &Route)> = in_table
         .filter(|(link, route)| route.destination.contains(&packet.destination) && may_leave_by(packet, *link, route))
         .map(|(link, route)| (*link, route))
         .collect();
-    let Some(best) = usable.iter().map(|(_, route)| rank(route)).min() else { return Ok(None) };
-    let mut routes = usable.into_iter().filter(|(_, route)| rank(route) == best);
-    match (routes.next(), routes.next()) {
-        (Some(_), Some(_)) => Err(Doubt::EqualRoutes),
-        (found, _) => Ok(found),
-    }
+    let best = usable.iter().map(|(_, route)| rank(route)).min();
+    usable.into_iter().filter(|(_, route)| Some(rank(route)) == best).collect()
 }
 
 /// A socket that is bound to a link passes over routes by others. Routes that refuse count for it in IPv4, which knows
@@ -258,8 +309,12 @@ fn may_leave_by(packet: &Packet, link: Option<u32>, route: &Route) -> bool {
     }
 }
 
-fn way(link: Option<u32>, route: &Route) -> Way {
+fn way(packet: &Packet, link: Option<u32>, route: &Route) -> Way {
     match (route.kind, link) {
+        (RouteKind::Other(kind::BROADCAST), _) if packet.input.is_some() => Way::Here,
+        (RouteKind::Other(kind::BROADCAST | kind::MULTICAST), Some(link)) if packet.input.is_none() => {
+            Way::Out { link, gateway: None }
+        }
         (RouteKind::Unicast, Some(link)) => Way::Out { link, gateway: route.gateway },
         (RouteKind::Unreachable, _) => Way::Nowhere(Refusal::Unreachable),
         (RouteKind::Other(kind::BLACKHOLE), _) => Way::Nowhere(Refusal::Blackhole),
@@ -289,6 +344,7 @@ impl fmt::Display for Doubt {
                 write!(f, "rules of priority {priority} disagree, and which was added first is not known")
             }
             Doubt::EqualRoutes => write!(f, "several routes have the same destination and metric"),
+            Doubt::Multicast => write!(f, "it comes in for many, and who has joined is not known"),
             Doubt::Route => write!(f, "the route has a part that eniup does not know, such as many next hops"),
         }
     }

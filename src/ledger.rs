@@ -88,6 +88,13 @@ impl Ledger {
         if self.primary.is_none_or(is_here) { self } else { empty() }
     }
 
+    /// With no note of this link.
+    pub fn without(mut self, link: u32) -> Ledger {
+        self.links.remove(&link);
+        self.addresses.retain(|(index, _)| *index != link);
+        self
+    }
+
     /// The ledger after these steps, of which it must know before they are made.
     pub fn noting(&self, steps: &[Step], observed: &Observed) -> Ledger {
         let mut ledger = self.clone();

@@ -64,18 +64,24 @@ pub enum Answer {
     Unknown(String),
 }
 
-/// Why there is no snapshot at all, as far as remedies differ.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// Why there is no snapshot at all, as far as remedies differ. Of several ways that failed the last of these tells most.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fault {
     SwitchedOff,
     BadEndpoint,
     NoClient,
-    Locked,
-    Forbidden,
-    Unauthorized,
-    NotMetadata,
+    /// No route leads there.
+    Unreachable,
     NoAnswer,
+    /// The connection is refused: by a firewall, or nobody listens.
+    Refused,
+    Locked,
+    /// It answers that it cannot answer now (429, 503).
+    Overloaded,
+    NotMetadata,
+    Unauthorized,
+    Forbidden,
 }
 
 /// A snapshot from which nothing can be concluded, so nothing is changed.
@@ -408,6 +414,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         ignored: BTreeMap::new(),
         undecided: BTreeSet::new(),
         shared: BTreeMap::new(),
+        idle: Vec::new(),
         choices: BTreeMap::new(),
     })
 }
@@ -674,9 +681,16 @@ fn is_usable(address: IpAddr) -> bool {
 pub struct Details {
     pub subnet_id: Option<String>,
     pub vpc_id: Option<String>,
+    pub vpc_cidrs: Vec<String>,
     pub security_groups: Vec<String>,
+    pub security_group_ids: Vec<String>,
     /// Public or elastic address → private address behind it.
     pub associations: BTreeMap<Ipv4Addr, Ipv4Addr>,
+}
+
+/// As networks are written elsewhere: metadata often has `2600:1f16:67f:f200:0:0:0:0/56`.
+fn shorten(cidr: String) -> String {
+    cidr.parse::<IpNet>().map_or(cidr, |net| net.to_string())
 }
 
 /// The lines of one key of an ENI; none where metadata does not tell them, or not yet.
@@ -710,9 +724,11 @@ pub fn details(tree: &Tree, mac: MacAddr) -> Details {
         Answer::Absent | Answer::Unknown(_) => None,
     };
     let one = |key: &str| text(key).map(|body| body.trim().to_string());
-    let many = |key: &str| text(key).map(|body| lines(&body).map(String::from).collect()).unwrap_or_default();
+    let many = |key: &str| -> Vec<String> {
+        text(key).map(|body| lines(&body).map(String::from).collect()).unwrap_or_default()
+    };
     let mut associations = BTreeMap::new();
-    for name in many(ASSOCIATIONS) as Vec<String> {
+    for name in many(ASSOCIATIONS) {
         let private = one(&format!("{ASSOCIATIONS}{name}")).and_then(|body| body.parse().ok());
         if let (Ok(public), Some(private)) = (name.parse(), private) {
             associations.insert(public, private);
@@ -721,7 +737,9 @@ pub fn details(tree: &Tree, mac: MacAddr) -> Details {
     Details {
         subnet_id: one("subnet-id"),
         vpc_id: one("vpc-id"),
+        vpc_cidrs: ["vpc-ipv4-cidr-blocks", "vpc-ipv6-cidr-blocks"].into_iter().flat_map(many).map(shorten).collect(),
         security_groups: many("security-groups"),
+        security_group_ids: many("security-group-ids"),
         associations,
     }
 }

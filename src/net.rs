@@ -143,6 +143,9 @@ pub struct Link {
     pub controller: Option<u32>,
     /// Set up by the administrator (`IFF_UP`); says nothing of the carrier.
     pub is_up: bool,
+    /// Whether there is a cable, so to speak (`IFF_LOWER_UP`); none while the link is down, or where that was not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub has_carrier: Option<bool>,
     /// Bytes.
     pub mtu: u32,
     #[serde(default)]

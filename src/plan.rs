@@ -108,6 +108,7 @@ pub fn fresh_machine(attached: &Attached) -> Observed {
             kind: None,
             controller: None,
             is_up: is_primary,
+            has_carrier: None,
             mtu: if is_primary { JUMBO_MTU } else { DRIVER_MTU },
             group: 0,
             altnames: BTreeSet::new(),

@@ -96,6 +96,9 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two readings of metadata by `watch`: nobody who has typed a change in EC2 waits longer without noticing.
 pub const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 
+/// What may be chosen for [`TIMEOUT`]: who waits for nothing at all cannot ask metadata either, and more than an hour is for ever.
+pub const TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
+
 /// What may be chosen instead: metadata is not asked more often, whatever is wished, and no more rarely than anybody would
 /// call staying.
 pub const INTERVAL: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3600);
@@ -297,6 +300,7 @@ mod tests {
             kind: None,
             controller: None,
             is_up,
+            has_carrier: None,
             mtu: 9001,
             group: 0,
             altnames: BTreeSet::new(),

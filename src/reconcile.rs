@@ -22,12 +22,13 @@ use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
 use crate::proof::{Judgement, Sighting, Taken, judge};
-use crate::release::release;
+use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
 use crate::selection::{select, unlisted_links};
 use crate::tally::{self, Event};
 use crate::trial::{self, InTheWay, Standing, Trial};
+use crate::typo;
 
 /// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
 const ROUNDS: usize = 3;
@@ -339,11 +340,11 @@ fn warn_of(written: Result<()>) {
     }
 }
 
-/// Takes away everything that is ours. Metadata is not asked.
+/// Takes away everything that is ours, or what of it belongs to one ENI. Metadata is not asked.
 ///
 /// # Errors
-/// As for [`reconcile`].
-pub async fn release_all(options: &Options) -> Result<Report> {
+/// As for [`reconcile`], and no link of that ENI.
+pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     let _lock = lock::acquire(&options.directory, options.deadline).await?;
     ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
@@ -353,13 +354,12 @@ pub async fn release_all(options: &Options) -> Result<Report> {
     }
     let mut report = Report::default();
     let mut failures = Vec::new();
+    // Found once: its name goes with the rest.
+    let share = share(eni, &netlink.observe().await?, &options.config)?;
     for round in 0.. {
-        let observed = netlink.observe().await?;
-        let ledger = ledger::load(&options.directory).of_machine(&observed);
-        let observed = ledger.recall(observed, options.config.mark);
-        let plan = release(&observed, &ledger, &options.config);
+        let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
         if plan.steps.is_empty() {
-            ledger::save(&Ledger::default(), &options.directory);
+            ledger::save(&share.map_or_else(Ledger::default, |share| ledger.without(share.link)), &options.directory);
             return Ok(report);
         }
         if round == ROUNDS {
@@ -570,12 +570,35 @@ pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Troubl
     plan_troubles(&bare, &[]).into_iter().chain(pending_troubles(attached)).collect()
 }
 
-/// What [`release_all`] would take away at this moment.
+/// What [`take_away`] would take away at this moment.
 ///
 /// # Errors
-/// No netlink.
-pub async fn preview_release(options: &Options) -> Result<Plan> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
+/// No netlink, or no link of that ENI.
+pub async fn preview_release(eni: Option<&str>, options: &Options) -> Result<Plan> {
+    let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    let share = share(eni, &netlink.observe().await?, &options.config)?;
+    Ok(what_is_ours(&mut netlink, share.as_ref(), options).await?.0)
+}
+
+fn share(eni: Option<&str>, observed: &Observed, config: &Config) -> Result<Option<Share>> {
+    let Some(id) = eni else { return Ok(None) };
+    let names = observed.links.values().flat_map(|link| &link.altnames).map(String::as_str);
+    let ids: Vec<&str> = names.filter(|name| name.starts_with("eni-")).collect();
+    let share = Share::of(id, observed, config).with_context(|| match ids.as_slice() {
+        [] => format!("no link is called {id}, nor by any ENI's id"),
+        ids => format!("no link is called {id}; there are {}{}", ids.join(", "), typo::hint(id, ids.iter().copied())),
+    })?;
+    Ok(Some(share))
+}
+
+/// As steps that take it away, with the ledger by which it is told.
+async fn what_is_ours(netlink: &mut Netlink, share: Option<&Share>, options: &Options) -> Result<(Plan, Ledger)> {
+    let observed = netlink.observe().await?;
     let ledger = ledger::load(&options.directory).of_machine(&observed);
-    Ok(release(&ledger.recall(observed, options.config.mark), &ledger, &options.config))
+    let plan = release(&ledger.recall(observed, options.config.mark), &ledger, &options.config);
+    let plan = match share {
+        Some(share) => share.only(plan),
+        None => plan,
+    };
+    Ok((plan, ledger))
 }

@@ -45,6 +45,43 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
     Plan { steps, ..Plan::default() }
 }
 
+/// What belongs to one ENI, by what the kernel alone tells.
+pub struct Share {
+    pub link: u32,
+    tables: BTreeSet<u32>,
+}
+
+impl Share {
+    /// None when no link has the ENI's id among its names.
+    pub fn of(id: &str, observed: &Observed, config: &Config) -> Option<Share> {
+        let link = observed.links.values().find(|link| link.altnames.contains(id))?;
+        let is_its = |name: &String| *name == link.name || link.altnames.contains(name);
+        let routes = observed.routes.iter().filter(|(index, _)| *index == Some(link.index)).map(|(_, route)| route);
+        let by_route = routes.filter(|route| policy::owns_route(config, route)).map(|route| route.table);
+        let rules = observed.rules.iter().filter(|rule| policy::owns_rule(config, rule));
+        let by_rule = rules.filter(|rule| rule.oif.as_ref().is_some_and(is_its)).map(|rule| rule.table);
+        let tables = by_route.chain(by_rule).filter(|table| *table != policy::MAIN_TABLE).collect();
+        Some(Share { link: link.index, tables })
+    }
+
+    /// The steps that are about it.
+    pub fn only(&self, plan: Plan) -> Plan {
+        let is_its = |operation: &Operation| match operation {
+            Operation::DeleteAddress { link, .. } | Operation::ResetLink { link, .. } => link.index == self.link,
+            Operation::DeleteRoute { link, route } => {
+                link.as_ref().is_some_and(|link| link.index == self.link) || self.tables.contains(&route.table)
+            }
+            Operation::DeleteRule { rule } => self.tables.contains(&rule.table),
+            Operation::SetLink { .. }
+            | Operation::AddAddress { .. }
+            | Operation::ChangeAddress { .. }
+            | Operation::AddRoute { .. }
+            | Operation::AddRule { .. } => false,
+        };
+        Plan { steps: plan.steps.into_iter().filter(|step| is_its(&step.operation)).collect(), ..plan }
+    }
+}
+
 pub fn reference(link: &Link) -> LinkRef {
     LinkRef { index: link.index, name: link.name.clone() }
 }

@@ -71,13 +71,15 @@ pub enum State {
     Failed,
     /// Left alone, as configured.
     Ignored,
+    /// Everything is known of it, and a run would change something.
+    Drifted,
 }
 
 impl State {
-    /// Whether it is as it should be.
+    /// Whether nothing stands in the way of what it should be.
     pub fn is_well(self) -> bool {
         match self {
-            State::Ready | State::Ignored => true,
+            State::Ready | State::Ignored | State::Drifted => true,
             State::Pending | State::Failed => false,
         }
     }
@@ -87,6 +89,7 @@ impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.pad(match self {
             State::Ready => "ready",
+            State::Drifted => "drifted",
             State::Pending => "pending",
             State::Failed => "failed",
             State::Ignored => "ignored",

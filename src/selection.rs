@@ -21,6 +21,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     let is_primary = |mac: &MacAddr| *mac == attached.primary;
     let has_attached = |mac: &MacAddr| network.as_ref().filter(|_| !is_primary(mac));
     let mut selected = attached.clone();
+    let mut known = Vec::new();
     for (mac, eni) in &attached.ready {
         let facts = facts(*mac, Some(&eni.id), Some(eni), tree, observed);
         match verdict(&facts, has_attached(mac), config) {
@@ -47,6 +48,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
                 selected.undecided.insert(*mac);
             }
         }
+        known.push(facts);
     }
     for (mac, pending) in &attached.pending {
         let facts = facts(*mac, pending.id.as_ref(), None, tree, observed);
@@ -58,7 +60,9 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
             }
             Verdict::Undecided { .. } => _ = selected.undecided.insert(*mac),
         }
+        known.push(facts);
     }
+    selected.idle = idle(&known, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
     selected
@@ -82,6 +86,18 @@ pub fn unlisted_links<'a>(attached: &Attached, observed: &'a Observed, config: &
         is_device && is_free && policy::can_be_eni(link) && !ignored.contains(&link.index)
     };
     observed.links.values().filter(is_unlisted).collect()
+}
+
+/// The entries of which it can be told that they mean none of these ENIs: one that comes later may be meant, or a word is
+/// mistyped.
+fn idle(known: &[Facts], config: &Config) -> Vec<String> {
+    let Config { manage, ignore, enis, .. } = config;
+    let entry = |key| move |selector| (key, selector);
+    let of_enis = enis.iter().map(|(selector, _)| selector).map(entry("[[eni]]"));
+    let entries = manage.iter().map(entry("[[manage]]")).chain(ignore.iter().map(entry("[[ignore]]"))).chain(of_enis);
+    let is_idle = |selector: &Selector| known.iter().all(|facts| selector.selects(facts) == Some(false));
+    let idle = entries.filter(|(_, selector)| is_idle(selector));
+    idle.map(|(key, Selector { origin, .. })| format!("{key} at {origin} means no ENI that is attached now")).collect()
 }
 
 /// What is to become of an ENI, and which line of the configuration says so.

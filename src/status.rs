@@ -58,8 +58,10 @@ pub struct EniStatus {
     pub table: Option<u32>,
     pub subnet_id: Option<String>,
     pub vpc_id: Option<String>,
+    pub vpc_cidrs: Vec<String>,
     pub subnets: Vec<String>,
     pub security_groups: Vec<String>,
+    pub security_group_ids: Vec<String>,
     pub addresses: Vec<AddressStatus>,
     pub delegated_prefixes: Vec<String>,
     /// The commands by which a run would bring it into agreement.
@@ -71,6 +73,7 @@ pub struct LinkStatus {
     pub name: String,
     pub altnames: Vec<String>,
     pub is_up: bool,
+    pub has_carrier: Option<bool>,
     pub mtu: u32,
 }
 
@@ -144,7 +147,7 @@ pub fn status(sides: &Sides) -> Status {
         enis,
         drift: machine.map(|step| step.operation.to_string()).collect(),
         malformed: attached.malformed.clone(),
-        notes: plan.notes.clone(),
+        notes: plan.notes.iter().chain(&attached.idle).cloned().collect(),
     }
 }
 
@@ -155,7 +158,7 @@ fn eni_status(mac: MacAddr, eni: Option<&Eni>, sides: &Sides) -> EniStatus {
     let steps = plan.steps.iter().filter(|step| step.eni.is_some() && step.eni == id);
     let drift: Vec<String> = steps.map(|step| step.operation.to_string()).collect();
     let name = id.clone().unwrap_or_else(|| format!("ENI {mac}"));
-    let (trouble, since) = trouble(mac, &name, !drift.is_empty(), sides).unzip();
+    let (trouble, since) = trouble(mac, &name, &drift, sides).unzip();
     let details = metadata::details(tree, mac);
     let link = find_link(mac, observed).ok().flatten();
     let both = |f: fn(&Eni, Family) -> Vec<ipnet::IpNet>| -> Vec<String> {
@@ -174,6 +177,7 @@ fn eni_status(mac: MacAddr, eni: Option<&Eni>, sides: &Sides) -> EniStatus {
             name: link.name.clone(),
             altnames: link.altnames.iter().cloned().collect(),
             is_up: link.is_up,
+            has_carrier: link.has_carrier,
             mtu: link.mtu,
         }),
         table: eni.filter(|_| !attached.ignored.contains_key(&mac)).map(|eni| policy::table(config, eni.slot)),
@@ -182,14 +186,16 @@ fn eni_status(mac: MacAddr, eni: Option<&Eni>, sides: &Sides) -> EniStatus {
         delegated_prefixes: both(Eni::prefixes),
         subnet_id: details.subnet_id,
         vpc_id: details.vpc_id,
+        vpc_cidrs: details.vpc_cidrs,
         security_groups: details.security_groups,
+        security_group_ids: details.security_group_ids,
         drift,
         id,
     }
 }
 
 /// Why an ENI is not as it should be or is left alone, and since when, as far as that is noted.
-fn trouble(mac: MacAddr, name: &str, has_drift: bool, sides: &Sides) -> Option<(Trouble, Option<u64>)> {
+fn trouble(mac: MacAddr, name: &str, drift: &[String], sides: &Sides) -> Option<(Trouble, Option<u64>)> {
     let Sides { attached, plan, troubles, .. } = *sides;
     if let Some(ignored) = attached.ignored.get(&mac) {
         return Some((Trouble { state: State::Ignored, why: ignored.by.clone() }, None));
@@ -200,10 +206,14 @@ fn trouble(mac: MacAddr, name: &str, has_drift: bool, sides: &Sides) -> Option<(
         let since = noted.filter(|noted| noted.why == trouble.why).map(|noted| noted.since);
         return Some((trouble, since));
     }
+    let (first, others) = drift.split_first()?;
     // What is to be done still, and was tried.
-    let failed = noted.filter(|noted| noted.is_failed && has_drift)?;
-    let why = format!("the last run could not bring it about: {}", failed.why);
-    Some((Trouble { state: State::Failed, why }, Some(failed.since)))
+    if let Some(failed) = noted.filter(|noted| noted.is_failed) {
+        let why = format!("the last run could not bring it about: {}", failed.why);
+        return Some((Trouble { state: State::Failed, why }, Some(failed.since)));
+    }
+    let more = if others.is_empty() { String::new() } else { format!(", and {} more", others.len()) };
+    Some((Trouble { state: State::Drifted, why: format!("a run would do `{first}`{more}") }, None))
 }
 
 /// Metadata's addresses in its order, then what only the link has.
@@ -314,7 +324,7 @@ impl Text<'_> {
     fn write_eni(&self, f: &mut fmt::Formatter, eni: &EniStatus, now: u64) -> fmt::Result {
         let colour = match eni.state {
             State::Ready => Colour::Good,
-            State::Pending => Colour::Waiting,
+            State::Pending | State::Drifted => Colour::Waiting,
             State::Failed => Colour::Bad,
             State::Ignored => Colour::Bold,
         };
@@ -346,8 +356,11 @@ fn facts(eni: &EniStatus) -> Vec<(&'static str, String)> {
     facts.extend(eni.table.filter(|_| !eni.is_primary).map(|table| ("table", table.to_string())));
     let subnet: Vec<&str> = eni.subnet_id.iter().chain(&eni.subnets).map(String::as_str).collect();
     facts.push(("subnet", subnet.join(" ")));
-    facts.extend(eni.vpc_id.iter().map(|vpc| ("VPC", vpc.clone())));
+    let vpc: Vec<&str> = eni.vpc_id.iter().chain(&eni.vpc_cidrs).map(String::as_str).collect();
+    facts.push(("VPC", vpc.join(" ")));
     facts.push(("security groups", eni.security_groups.join(", ")));
+    // In an order of their own.
+    facts.push(("group ids", eni.security_group_ids.join(" ")));
     facts.push(("prefixes", eni.delegated_prefixes.join(" ")));
     facts.retain(|(_, value)| !value.is_empty());
     facts
@@ -355,8 +368,13 @@ fn facts(eni: &EniStatus) -> Vec<(&'static str, String)> {
 
 impl fmt::Display for LinkStatus {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let LinkStatus { name, altnames, is_up, mtu } = self;
-        write!(f, "{name}, {}, MTU {mtu}", if *is_up { "up" } else { "down" })?;
+        let LinkStatus { name, altnames, is_up, has_carrier, mtu } = self;
+        let state = match (is_up, has_carrier) {
+            (false, _) => "down",
+            (true, Some(false)) => "up, no carrier",
+            (true, _) => "up",
+        };
+        write!(f, "{name}, {state}, MTU {mtu}")?;
         if altnames.is_empty() { Ok(()) } else { write!(f, ", also {}", altnames.join(", ")) }
     }
 }

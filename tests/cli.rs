@@ -173,7 +173,7 @@ fn metadata_that_is_not_to_be_had_has_its_own_message_and_changes_nothing() {
                 (always("*", Action::Status(401)).only(Method::Get), &["401", "token"][..]),
                 (always("*", Action::Status(403)), &["403", "modify-instance-metadata-options"]),
                 (always("/latest/api/token", Action::Status(404)), &["/latest/api/token", "404"]),
-                (always("*", Action::Status(500)), &["500", "hop limit"]),
+                (always("*", Action::Status(500)), &["500", "ask it all the time"]),
                 (always("*", Action::Hang), &["within", "IMDSv2"]),
                 (always("*", Action::Garbage), &["within"]),
                 (always("*", Action::Redirect("http://127.0.0.1:1/".into())), &["302"]),
@@ -416,6 +416,68 @@ fn the_exit_code_tells_the_truth_also_when_stderr_cannot_be_written() {
 }
 
 #[test]
+fn one_eni_is_released_and_the_other_keeps_all_it_has() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let mut leaves = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+            leaves.insert(
+                "network/interfaces/macs/02:00:00:00:00:02/interface-id".into(),
+                "eni-0123456789abcdef0".into(),
+            );
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            let of = |words: &[&str]| -> Result<Vec<String>> {
+                let is_its = |line: &String| words.iter().any(|word| line.contains(word));
+                Ok(dump()?.into_iter().filter(is_its).collect())
+            };
+            let (second, third) = (["eth02", "lookup 20001", "table 20001"], ["eth03", "lookup 20002", "table 20002"]);
+            let before = of(&third)?;
+            let preview = machine.eniup("release --eni eni-0123456789abcdef0 --dry-run")?;
+            ensure!(preview.exit == 0 && preview.stdout.contains("eth02"), "{}{}", preview.stdout, preview.stderr);
+            ensure!(!preview.stdout.contains("eth03"), "{}", preview.stdout);
+            let run = machine.eniup("release --eni eni-0123456789abcdef0")?;
+            ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+            ensure!(of(&third)? == before, "another ENI's objects are touched");
+            let left = of(&second)?;
+            ensure!(!left.iter().any(|line| line.contains("176") || line.contains("20001")), "{left:#?}");
+            ensure!(
+                !left.iter().any(|line| line.contains("eni-0123456789abcdef0") || line.contains("group 20000")),
+                "{left:#?}"
+            );
+            // Its name is gone as well.
+            let again = machine.eniup("release --eni eni-0123456789abcdef0")?;
+            let says = "no link is called eni-0123456789abcdef0; there are ";
+            ensure!(again.exit == 1 && again.stderr.contains(says), "exit {}: {}", again.exit, again.stderr);
+            machine.reconcile(0)?;
+            ensure!(machine.eniup("release")?.exit == 0 && of(&["176"])?.is_empty(), "{:#?}", of(&["176"])?);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn manual_pages_are_printed_by_name() {
+    inside(|| {
+        with_two_enis(|machine| {
+            for (arguments, title) in [
+                ("man", ".TH eniup 8"),
+                ("man eniup", ".TH eniup 8"),
+                ("man plan", ".TH eniup-plan 8"),
+                ("man eniup-config-show", ".TH eniup-config-show 8"),
+                ("man eniup.toml", ".TH eniup.toml 5"),
+                ("man --config /nowhere status", ".TH eniup-status 8"),
+            ] {
+                let run = machine.eniup(arguments)?;
+                ensure!(run.exit == 0 && run.stdout.contains(title), "{arguments}: {}{}", run.stdout, run.stderr);
+            }
+            let wrong = machine.eniup("man plam")?;
+            ensure!(wrong.exit == 64 && wrong.stderr.contains("did you mean"), "{}", wrong.stderr);
+            Ok(())
+        })
+    });
+}
+
+#[test]
 fn release_is_silent_when_nothing_is_ours() {
     inside(|| {
         with_two_enis(|machine| {
@@ -436,10 +498,13 @@ fn plan_tells_by_its_exit_code_whether_there_are_differences() {
         with_two_enis(|machine| {
             let exit = |arguments: &str| Ok::<i32, anyhow::Error>(machine.eniup(arguments)?.exit);
             ensure!(exit("plan")? == 0 && exit("plan --detailed-exitcode")? == 2);
+            ensure!(exit("reconcile --dry-run")? == 0 && exit("reconcile --dry-run --detailed-exitcode")? == 2);
+            ensure!(exit("reconcile --detailed-exitcode")? == 64, "it has a meaning with --dry-run only");
             let dry_run = machine.eniup("reconcile --dry-run")?;
             ensure!(dry_run.stdout == machine.eniup("plan")?.stdout && !dry_run.stdout.is_empty());
             machine.reconcile(0)?;
             ensure!(exit("plan")? == 0 && exit("plan --detailed-exitcode")? == 0);
+            ensure!(exit("reconcile --dry-run --detailed-exitcode")? == 0);
             ensure!(machine.eniup("plan")?.stdout.is_empty());
             Ok(())
         })
@@ -529,7 +594,8 @@ fn status_is_a_table_of_both_sides() {
             ensure!(status.exit == 0 && status.stderr.is_empty(), "exit {}: {}", status.exit, status.stderr);
             let rows: Vec<String> = status.stdout.lines().map(words).collect();
             for row in [
-                "eni-02 secondary ENI, ready",
+                "eni-02 secondary ENI, drifted",
+                "why a run would do `ip addr add 10.0.1.21/32 dev eth02 noprefixroute proto 176`",
                 "link eth02, up, MTU 9001, also device-number-1, eni-02",
                 "table 20001",
                 "address public in metadata on the link",

@@ -155,12 +155,68 @@ fn a_selector_that_can_mean_no_eni_is_a_mistake() {
         ("[[manage]]\nlink = []\n", 2, "an empty list"),
         ("[[ignore]]\ninstance_tag = 'role'\n", 2, "is no tag with a value"),
         ("[[manage]]\nsubnet = 'subnet-0a'\n", 2, "unknown key `subnet`"),
+        ("[[ignore]]\nsubnet_id = 'sub-*'\n", 2, "\"sub-*\" can mean none"),
+        ("[[ignore]]\nid = 'eni-'\n", 2, "can mean none"),
+        ("[[ignore]]\nid = '[a-d]ni-*'\n", 2, "can mean none"),
+        ("[[ignore]]\nvpc_id = 'vp?'\n", 2, "can mean none"),
+        ("[[ignore]]\nmac = '02:ZZ:*'\n", 2, "\"02:zz:*\" can mean none: a MAC address has six pairs"),
+        ("[[ignore]]\nmac = '02:00:?'\n", 2, "can mean none"),
+        ("[[ignore]]\nmac = '*:02:00:00:00:00:01:*'\n", 2, "can mean none"),
+        ("[[ignore]]\nlink = ''\n", 2, "an empty text means no ENI"),
+        ("[[ignore]]\ninstance_tag = '=web'\n", 2, "is no tag with a value"),
     ] {
         let told = mistakes(text);
         assert!(told.iter().any(|(at, _, what)| *at == line && what.contains(words)), "{text}: {told:?}");
     }
     let hint = read("[[manage]]\nsubnet = 'subnet-0a'\n").unwrap_err().0.remove(0).hint;
     assert_eq!(hint.as_deref(), Some("did you mean `subnet_id`?"));
+    let shown = read("[[ignore]]\nsubnet_id = 'sub-*'\n").unwrap_err().to_string();
+    for line in [" --> a.toml:2:13", "2 | subnet_id = 'sub-*'", "  |             ^^^^^^^", "as in \"subnet-*\""] {
+        assert!(shown.contains(line), "`{line}` is missing:\n{shown}");
+    }
+}
+
+#[test]
+fn a_pattern_that_some_eni_can_have_is_none() {
+    for entry in [
+        "mac = '02:*'",
+        "mac = '*'",
+        "mac = '??:??:??:??:??:??'",
+        "mac = '[01]2:0A:*:0[!0-8]'",
+        "mac = '*:*'",
+        "id = 'eni-0?*'",
+        "id = '*'",
+        "id = 'e*'",
+        "subnet_id = '[!t-z]ubnet-[0-9a-f]*'",
+        "vpc_id = '*-0a'",
+        "link = '?'",
+        "security_group = 'eks-*'",
+        "instance_tag = '*=*'",
+    ] {
+        let told = mistakes(&format!("[[ignore]]\n{entry}\n"));
+        assert!(told.is_empty(), "{entry}: {told:?}");
+    }
+}
+
+#[test]
+fn a_timeout_out_of_range_is_told() {
+    for wrong in ["'0s'", "'99ms'", "'2h'"] {
+        let expected = "`timeout`: a length of time from \"100ms\" to \"1h\" is expected";
+        assert_eq!(mistakes(&format!("timeout = {wrong}\n")), [(1, 11, expected.to_string())], "{wrong}");
+    }
+}
+
+#[test]
+fn a_broken_table_header_has_no_follow_up_errors() {
+    for (text, lines) in [
+        ("[[ignore]\nmac = '02:00:00:00:00:01'\n", &[1][..]),
+        ("[watch\ninterval = '10s'\n[numbers]\nmark = 2\nmurk = 3\n", &[1, 4, 5]),
+        ("ruls = 1\n[num bers]\nmark = 200\n[[eni]]\nid = 'eth1'\n", &[1, 2, 5]),
+        ("[numbers]\nmark = 200\nlink_group 3\n[[eni\nid = 'eni-01'\n[[eni]]\nid = 'eni-02'\n", &[3, 4]),
+    ] {
+        let told: Vec<usize> = mistakes(text).iter().map(|(line, ..)| *line).collect();
+        assert_eq!(told, lines, "{text}");
+    }
 }
 
 #[test]
@@ -221,6 +277,12 @@ fn what_is_shown_is_a_file_that_means_the_same() {
         "{shown}"
     );
     assert_eq!(without_origins(read(&shown).unwrap().config), without_origins(settings.config));
+    // Also what is as by default.
+    let default = read("").unwrap();
+    let shown = default.to_string();
+    let interval = shown.lines().find(|line| line.starts_with("interval = \"auto\" "));
+    assert!(interval.is_some_and(|line| line.ends_with("# default")), "{shown}");
+    assert_eq!(read(&shown).unwrap().config, default.config);
 }
 
 #[test]

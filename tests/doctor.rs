@@ -21,6 +21,8 @@ use vpc_lab::lab::{Distribution, Lab};
 use vpc_lab::probe::{Bound, Kind, Probe};
 use vpc_lab::vpc::CreateEni;
 
+const ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+
 const SHARED: &str = "three-enis-of-which-two-share";
 
 fn parse(text: &str) -> Result<Vec<Value>> {
@@ -306,6 +308,9 @@ fn each_trouble_with_metadata_has_its_own_remedy() {
                 (always("*", Action::Hang), "no answer", "--http-put-response-hop-limit 2"),
                 (always("/latest/api/token", Action::Status(404)), "404", "ip route get 169.254.169.254"),
                 (always("mac", Action::Status(404)), "no key `mac`", "eniup snapshot"),
+                (always("*", Action::Status(503)), "503", "ss -tnp dst 169.254.169.254"),
+                (always("*", Action::Status(429)), "429", "ss -tnp dst 169.254.169.254"),
+                (always("mac", Action::Body("<html>".into())), "a page", "take the proxy or portal out of the way"),
             ] {
                 machine.service.set_faults(Faults { rules: vec![rule.clone()], ..Faults::default() });
                 let check = look_for(machine, "D-IMDS", "--timeout 500ms")?;
@@ -324,10 +329,21 @@ fn each_trouble_with_metadata_has_its_own_remedy() {
             let disabled = machine.command("doctor --json").env("AWS_EC2_METADATA_DISABLED", "true").output()?;
             let checks = parse(&String::from_utf8(disabled.stdout)?)?;
             assert_finds(&checks[0], "fail", &["AWS_EC2_METADATA_DISABLED"], "unset AWS_EC2_METADATA_DISABLED")?;
+            let without = |endpoint: &str| -> Result<Value> {
+                let asked = machine.command("doctor --json --timeout 500ms").env(ENDPOINT, endpoint).output()?;
+                Ok(parse(&String::from_utf8(asked.stdout)?)?[0].clone())
+            };
+            assert_finds(&without("http://127.0.0.1:1")?, "fail", &["Connection refused"], "sudo nft list ruleset")?;
+            // Without an endpoint the well-known ones, to which nothing leads.
+            ip("route add unreachable 169.254.169.254/32")?;
+            ip("-6 route add unreachable fd00:ec2::254/128")?;
+            assert_finds(&without("")?, "fail", &["unreachable"], "give it a route")?;
+            ip("route del unreachable 169.254.169.254/32")?;
+            ip("-6 route del unreachable fd00:ec2::254/128")?;
             ip("route add prohibit 169.254.169.254/32")?;
             ip("-6 route add prohibit fd00:ec2::254/128")?;
             let mut locked = machine.command("doctor --json --timeout 500ms");
-            let locked = locked.env_remove("AWS_EC2_METADATA_SERVICE_ENDPOINT").output()?;
+            let locked = locked.env_remove(ENDPOINT).output()?;
             let checks = parse(&String::from_utf8(locked.stdout)?)?;
             assert_finds(&checks[0], "fail", &["prohibited"], "systemd.imds.network=unlocked")
         })
@@ -350,6 +366,46 @@ fn lab() -> Result<Lab> {
     lab.run_instance("web", &web, "m7i.large", Distribution::Primary)?;
     lab.run_instance("client", &[client], "t3.micro", Distribution::Primary)?;
     Ok(lab)
+}
+
+#[test]
+fn two_enis_of_one_subnet_are_told_apart_by_who_leaves_by_what_though_main_has_equal_routes() {
+    inside(|| {
+        let mut lab = Lab::new(env!("CARGO_BIN_EXE_eniup"))?;
+        let subnet = lab.fabric.world(|world| {
+            let vpc = world.create_vpc(&["10.0.0.0/16".parse()?]);
+            world.create_subnet(&vpc, Some("10.0.0.0/24".parse()?), &[])
+        })?;
+        let mut enis = Vec::new();
+        for host in [10, 20] {
+            let ipv4s = vec![Ipv4Addr::new(10, 0, 0, host)];
+            enis.push(lab.create_network_interface(CreateEni {
+                subnet: subnet.clone(),
+                ipv4s,
+                ..CreateEni::default()
+            })?);
+        }
+        // Each link has the kernel's route to the subnet, of metric 0.
+        lab.run_instance("web", &enis, "m7i.large", Distribution::AtLaunch)?;
+        let check = |id: &str| -> Result<Value> {
+            let output = lab.eniup("web", &["doctor", "--json"])?;
+            let checks = parse(&String::from_utf8(output.stdout)?)?;
+            checks.into_iter().find(|check| check["id"] == id).with_context(|| format!("no check {id}"))
+        };
+        let strays = ["10.0.0.20 sends to", "leaves by ens5, not by ens6"];
+        for id in ["D-ASYM", "D-SAMESUBNET"] {
+            assert_finds(&check(id)?, "fail", &strays, "sudo eniup reconcile")?;
+        }
+        ensure!(lab.eniup("web", &["reconcile"])?.status.success());
+        for id in ["D-ASYM", "D-SAMESUBNET"] {
+            ensure!(check(id)?["verdict"] == "pass", "{:#}", check(id)?);
+        }
+        let rule = "rule add priority 100 from 10.0.0.20 to 10.0.0.0/24 lookup main";
+        lab.node("web")?.enter(|| ip(rule))?;
+        assert_finds(&check("D-SAMESUBNET")?, "fail", &strays, "eniup explain --from 10.0.0.20")?;
+        ensure!(check("D-ASYM")?["verdict"] == "pass", "{:#}", check("D-ASYM")?);
+        Ok(())
+    });
 }
 
 #[test]
@@ -462,7 +518,7 @@ impl Elsewhere {
 
     fn check(&self, id: &str) -> Result<Value> {
         let snapshot = Snapshot { files: machine_files::read(self.root.path()), ..self.snapshot.clone() };
-        let checks = parse(&serde_json::to_string(&doctor::examine(&snapshot, &self.config))?)?;
+        let checks = parse(&serde_json::to_string(&doctor::examine(&snapshot, &self.config, &doctor::Told::new()))?)?;
         checks.into_iter().find(|check| check["id"] == id).with_context(|| format!("no check {id}"))
     }
 

@@ -134,11 +134,65 @@ fn what_makes_no_packet_is_refused() {
             (&["explain", "--oif", "eth9", "--to", "10.0.0.1"], 1, "there is no link eth9; there are"),
             (&["explain", "--iif", "ens5", "--oif", "ens6", "--to", "10.0.0.1"], 64, "cannot be used with"),
             (&["explain", "--from", "10.0.0"], 64, "invalid"),
+            (&["explain", "--to", "0.0.0.0"], 64, "0.0.0.0 is nobody's address"),
+            (&["explain", "::"], 64, ":: is nobody's address"),
+            (&["explain", "--from", "224.0.0.1"], 64, "224.0.0.1 is for many"),
+            (&["explain", "--from", "255.255.255.255"], 64, "is for many"),
+            (&["explain", "--to", "10.0.0.1", "10.0.0.2"], 64, "cannot be used with"),
         ] {
             let output = lab.eniup("web", arguments)?;
             let stderr = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.code() == Some(exit) && stderr.contains(says), "{arguments:?}: {output:?}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn of_what_is_for_many_the_model_says_what_the_kernel_says_and_that_nobody_gets_it() {
+    vpc_lab::inside(|| {
+        let lab = lab()?;
+        ensure!(lab.eniup("web", &["reconcile"])?.status.success());
+        for (arguments, link) in [
+            ("--to 255.255.255.255", "ens5"),
+            ("--from 10.0.1.20 --to 255.255.255.255", "ens6"),
+            ("--oif ens6 --to 255.255.255.255", "ens6"),
+            ("--to 224.0.0.1", "ens5"),
+            ("--from 10.0.1.20 --to 239.1.2.3", "ens6"),
+            ("--oif ens6 --to 224.0.0.1", "ens6"),
+            ("--to 10.0.0.255", "ens5"),
+            ("--oif ens6 --to ff02::1", "ens6"),
+        ] {
+            let story = explain(&lab, arguments)?;
+            let way = text(&story, "way")?;
+            ensure!(
+                way.starts_with(&format!("It leaves by {link} (eni-")) && way.contains("straight"),
+                "{arguments}: {story:#}"
+            );
+            ensure!(story["kernel_agrees"] == true, "{arguments}: {story:#}");
+            let vpc = text(&story, "vpc")?;
+            ensure!(story["vpc_takes_it"] == false && vpc.contains("delivers it to nobody"), "{arguments}: {story:#}");
+        }
+        // Both links have a route for it, and only the kernel knows which comes first.
+        let story = explain(&lab, "--to ff02::1")?;
+        ensure!(text(&story, "way")?.contains("cannot tell") && story["kernel_agrees"].is_null(), "{story:#}");
+        ensure!(text(&story, "kernel")?.starts_with("The kernel says: It leaves by ens"), "{story:#}");
+        // Come in for many: for whoever has joined.
+        let story = explain(&lab, "--iif ens6 --from 10.0.1.9 --to 224.0.0.1")?;
+        ensure!(text(&story, "vpc")?.contains("cannot be told") && story["vpc_takes_it"].is_null(), "{story:#}");
+        ensure!(text(&story, "reply")?.contains("cannot be told"), "{story:#}");
+        Ok(())
+    });
+}
+
+#[test]
+fn the_unspecified_address_is_no_source_and_the_destination_needs_no_option() {
+    vpc_lab::inside(|| {
+        let lab = lab()?;
+        let plain = explain(&lab, "--to 10.0.2.30")?;
+        ensure!(explain(&lab, "--from 0.0.0.0 --to 10.0.2.30")? == plain && explain(&lab, "10.0.2.30")? == plain);
+        let ipv6 = explain(&lab, "--from ::")?;
+        ensure!(text(&ipv6, "packet")?.contains("to 2001:db8:ffff::1"), "{ipv6:#}");
         Ok(())
     });
 }

@@ -103,7 +103,8 @@ fn assert_alike(lab: &Lab, file: &Path) -> Result<()> {
         let there = elsewhere(&format!("{command} {saved}"))?;
         let there: Value = serde_json::from_str(&there.stdout).with_context(|| there.stderr)?;
         ensure!(
-            there["kernel_agrees"].is_null() && there["kernel"].as_str().is_some_and(|text| text.contains("not asked"))
+            there["kernel_agrees"].is_null()
+                && there["kernel"].as_str().is_some_and(|text| text.contains("the model alone"))
         );
         if question.contains("--from") {
             ensure!(without_the_kernels_word(here) == without_the_kernels_word(there), "{question}");

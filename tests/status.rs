@@ -6,8 +6,8 @@ use std::fs;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use support::machine::{Machine, inside, with_scenario, with_two_enis};
+use serde_json::{Value, json};
+use support::machine::{Machine, inside, ip, read_leaves, scenario, with_scenario, with_two_enis};
 
 fn status(machine: &Machine, arguments: &str, exit: i32) -> Result<Value> {
     let run = machine.eniup(&format!("status --json {arguments}"))?;
@@ -73,7 +73,8 @@ fn what_the_last_run_could_not_do_is_a_failure_until_it_is_done() {
             let route = "routes = [{ to = '2600:9::/32', via = '2600:ffff::1' }]";
             fs::write(&file, format!("[[eni]]\ndevice_number = 1\n{route}\n"))?;
             let file = format!("--config {}", file.display());
-            ensure!(eni(&status(machine, &file, 0)?, "ready")?["why"].is_null(), "nobody has tried yet");
+            let before = status(machine, &file, 0)?;
+            ensure!(!eni(&before, "drifted")?["why"].to_string().contains("the last run"), "nobody has tried yet");
             ensure!(machine.eniup(&format!("reconcile {file}"))?.exit == 3);
             let told = status(machine, &file, 3)?;
             let failed = eni(&told, "failed")?;
@@ -140,6 +141,89 @@ fn a_snapshot_tells_the_same_later() {
             let (mut here, there) = (status(machine, "", 3)?, status(machine, &format!("--snapshot {file}"), 3)?);
             here["taken_at"] = there["taken_at"].clone();
             ensure!(here == there, "{there:#}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_ready_eni_that_differs_has_drifted_and_the_object_is_named() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let settled = status(machine, "", 0)?;
+            ensure!(eni(&settled, "drifted").is_err(), "{settled:#}");
+            ip("rule del priority 24001")?;
+            let told = status(machine, "", 0)?;
+            let drifted = eni(&told, "drifted")?;
+            ensure!(drifted["id"] == "eni-02" && eni(&told, "ready")?["id"] == "eni-01", "{told:#}");
+            let why = drifted["why"].as_str().unwrap_or_default();
+            ensure!(why.contains("rule add priority 24001"), "{why}");
+            let text = text(machine, "")?;
+            ensure!(
+                text.contains("eni-02  secondary ENI, drifted\n") && text.contains("rule add priority 24001"),
+                "{text}"
+            );
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn the_link_the_vpc_and_the_security_groups_are_told_whole() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let key = |name: &str| format!("network/interfaces/macs/02:00:00:00:00:02/{name}");
+            let mut leaves = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+            for (name, body) in [
+                ("vpc-ipv4-cidr-blocks", "10.0.0.0/16\n10.1.0.0/16"),
+                ("vpc-ipv6-cidr-blocks", "2600:1f16:67f:f200::/56"),
+                ("security-groups", "web servers\ndb"),
+                ("security-group-ids", "sg-0b\nsg-0a"),
+            ] {
+                leaves.insert(key(name), body.into());
+            }
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            let second = |status: &Value| status["enis"][1].clone();
+            let eni = second(&status(machine, "", 0)?);
+            ensure!(eni["vpc_cidrs"] == json!(["10.0.0.0/16", "10.1.0.0/16", "2600:1f16:67f:f200::/56"]), "{eni:#}");
+            ensure!(eni["security_groups"] == json!(["web servers", "db"]), "{eni:#}");
+            ensure!(eni["security_group_ids"] == json!(["sg-0b", "sg-0a"]), "{eni:#}");
+            ensure!(eni["link"]["has_carrier"] == true, "{eni:#}");
+            let shown = text(machine, "")?;
+            for words in
+                ["10.0.0.0/16 10.1.0.0/16 2600:1f16:67f:f200::/56", "web servers, db", "sg-0b sg-0a", ", up, MTU"]
+            {
+                ensure!(shown.contains(words), "`{words}` is missing: {shown}");
+            }
+            // The other end of the cable.
+            ip("link set peer02 down")?;
+            ensure!(second(&status(machine, "", 0)?)["link"]["has_carrier"] == false);
+            ensure!(text(machine, "")?.contains("eth02, up, no carrier, MTU"));
+            ip("link set eth02 down")?;
+            ensure!(second(&status(machine, "", 0)?)["link"]["has_carrier"].is_null());
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn an_entry_that_means_no_eni_is_told() {
+    inside(|| {
+        with_two_enis(|machine| {
+            fs::create_dir_all(&machine.directory)?;
+            let file = machine.directory.join("config.toml");
+            fs::write(&file, "[[ignore]]\nid = \"eni-99\"\n[[manage]]\nlink = \"eth*\"\n")?;
+            let config = format!("--config {}", file.display());
+            let note = "[[ignore]] at ";
+            let told = status(machine, &config, 0)?["notes"].to_string();
+            ensure!(told.contains(note) && told.contains("config.toml:1 means no ENI that is attached now"), "{told}");
+            ensure!(!told.contains("[[manage]]"), "{told}");
+            let plan = machine.eniup(&format!("plan {config}"))?;
+            ensure!(plan.stderr.contains("means no ENI that is attached now"), "{}", plan.stderr);
+            fs::write(&file, "[[ignore]]\nid = \"eni-02\"\n")?;
+            ensure!(!status(machine, &config, 0)?["notes"].to_string().contains(note));
             Ok(())
         })
     });

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::{candidates, help};
 use crate::config::Config;
-use crate::fib::Packet;
+use crate::fib::{Packet, is_for_many};
 use crate::net::{Link, Observed};
 use crate::policy;
 use crate::readiness::{self, Target};
@@ -105,6 +105,9 @@ pub(super) enum Command {
         /// Only print what would change, like `eniup plan`.
         #[arg(long)]
         dry_run: bool,
+        /// With --dry-run: exit with 2 when something would change.
+        #[arg(long, requires = "dry_run")]
+        detailed_exitcode: bool,
         /// For a timer, udev or boot: take away nothing because metadata lacks it, unless it lacks it in two complete
         /// snapshots at least 10 s apart. Whoever runs it by hand can look before, so there one is enough.
         #[arg(long, conflicts_with = "dry_run")]
@@ -222,6 +225,10 @@ pub(super) enum Command {
     /// Take away everything that eniup added, and nothing else; asks no metadata.
     #[command(after_help = help::RELEASE)]
     Release {
+        /// Only what belongs to this ENI, by the id that is a name of its link: its addresses, its table with the rules to it, its
+        /// names and settings. The next run brings it back unless the configuration ignores the ENI.
+        #[arg(long, value_name = "ID", value_parser = readiness::parse_id, add = ArgValueCandidates::new(candidates::enis))]
+        eni: Option<String>,
         /// Only print what would be taken away.
         #[arg(long)]
         dry_run: bool,
@@ -235,6 +242,13 @@ pub(super) enum Command {
     /// Print the script by which a shell completes eniup's commands, options, ENIs, links and addresses. Packages install it.
     #[command(after_help = help::COMPLETIONS)]
     Completions { shell: Shell },
+    /// Print a manual page as man(1) reads it: `eniup man | man -l -`. Packages install them.
+    #[command(after_help = help::MAN)]
+    Man {
+        /// Of a command, or eniup.toml: without it that of eniup.
+        #[arg(default_value = "eniup", hide_default_value = true)]
+        page: String,
+    },
     /// What may come next: what these scripts ask.
     #[command(hide = true)]
     Complete {
@@ -279,6 +293,7 @@ impl Command {
             | Command::Wait { .. }
             | Command::Config(_)
             | Command::Completions { .. }
+            | Command::Man { .. }
             | Command::Complete { .. } => None,
         }
     }
@@ -304,12 +319,15 @@ impl WaitFor {
 #[derive(Args)]
 #[group(required = true, multiple = true)]
 pub(super) struct Question {
-    /// The source address; without it the packet of a program that binds to none.
+    /// The source address; without it, or with 0.0.0.0 or ::, the packet of a program that binds to none.
     #[arg(long, value_name = "ADDRESS", add = addresses())]
     pub(super) from: Option<IpAddr>,
     /// The destination; without it somewhere on the internet.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "destination")]
     pub(super) to: Option<IpAddr>,
+    /// The same as --to.
+    #[arg(value_name = "DESTINATION")]
+    pub(super) destination: Option<IpAddr>,
     /// The link by which it came in, if it is forwarded.
     #[arg(long, value_name = "LINK", conflicts_with = "oif", add = links())]
     pub(super) iif: Option<String>,
@@ -347,13 +365,20 @@ impl Question {
     /// Two families in one packet, or a link that is not there.
     pub(super) fn packet(&self, observed: &Observed) -> Result<Packet> {
         let anywhere = ANYWHERE[usize::from(self.from.is_some_and(|from| from.is_ipv6()))];
-        let destination = self.to.unwrap_or(anywhere);
+        let destination = self.to.or(self.destination).unwrap_or(anywhere);
+        if destination.is_unspecified() {
+            return Err(BadUsage(format!("{destination} is nobody's address, so nothing is sent there")).into());
+        }
+        if let Some(from) = self.from.filter(|from| is_for_many(*from)) {
+            return Err(BadUsage(format!("{from} is for many, and no packet comes from it")).into());
+        }
         if let Some(from) = self.from.filter(|from| from.is_ipv4() != destination.is_ipv4()) {
             return Err(BadUsage(format!("--from {from} and --to {destination} are of two families")).into());
         }
         let index = |name: &Option<String>| name.as_ref().map(|name| find_by_name(observed, name)).transpose();
         let (input, output) = (index(&self.iif)?, index(&self.oif)?);
-        Ok(Packet { source: self.from, destination, input, output, mark: self.mark })
+        let source = self.from.filter(|from| !from.is_unspecified());
+        Ok(Packet { source, destination, input, output, mark: self.mark })
     }
 }
 
@@ -369,7 +394,7 @@ fn find_by_name(observed: &Observed, name: &String) -> Result<u32> {
 
 /// Arguments that contradict each other.
 #[derive(Debug)]
-pub(super) struct BadUsage(String);
+pub(super) struct BadUsage(pub(super) String);
 
 impl std::fmt::Display for BadUsage {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use tokio::time::Instant;
 
 use super::arguments::{Cli, Command, ConfigCommand, MetricsFile, Question, Timeout};
-use super::print;
+use super::{man, print};
 use crate::config::{self, Config, File, Problems, Settings};
 use crate::config_files::{self, Places};
 use crate::confirm::{self, Verdict};
@@ -17,6 +17,7 @@ use crate::desired::desired;
 use crate::doctor;
 use crate::eni::Attached;
 use crate::explain::{self, Explanation, Known, Said};
+use crate::fib::Packet;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::lock;
 use crate::machine_files;
@@ -49,12 +50,16 @@ struct Ground<'a> {
 
 /// Also leaves behind what a run came to, if there was one.
 pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<Exit> {
+    if let Command::Man { page } = &cli.command {
+        print::text(&man::page(page)?)?;
+        return Ok(Exit::Ok);
+    }
     let ground = ground(cli)?;
     let config = &ground.settings.config;
     match &cli.command {
-        Command::Reconcile { dry_run: true, timeout, .. } => {
+        Command::Reconcile { dry_run: true, detailed_exitcode, timeout, .. } => {
             let (attached, plan) = reconcile::preview(ground.endpoint, timeout.deadline(config), config).await?;
-            print::plan(&attached, &plan, false, false)
+            print::plan(&attached, &plan, *detailed_exitcode, false)
         }
         Command::Reconcile { confirm: Some(window), timeout, .. } => {
             check_permission()?;
@@ -100,16 +105,16 @@ pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<E
         }
         Command::Doctor { json, timeout, .. } => ground.examine(timeout, *json).await,
         Command::Snapshot { output, redact, timeout } => ground.snapshot(output.as_deref(), *redact, timeout).await,
-        Command::Release { dry_run: true, timeout } => {
-            print::steps(&reconcile::preview_release(&ground.options(timeout)).await?)?;
+        Command::Release { dry_run: true, eni, timeout } => {
+            print::steps(&reconcile::preview_release(eni.as_deref(), &ground.options(timeout)).await?)?;
             Ok(Exit::Ok)
         }
-        Command::Release { dry_run: false, timeout } => {
+        Command::Release { dry_run: false, eni, timeout } => {
             check_permission()?;
-            print::report(&reconcile::release_all(&ground.options(timeout)).await?)
+            print::report(&reconcile::take_away(eni.as_deref(), &ground.options(timeout)).await?)
         }
         // Answered before: they need no configuration.
-        Command::Completions { .. } | Command::Complete { .. } => Ok(Exit::Ok),
+        Command::Completions { .. } | Command::Complete { .. } | Command::Man { .. } => Ok(Exit::Ok),
         Command::Config(ConfigCommand::Check) => print::check(&ground.files),
         Command::Config(ConfigCommand::Show { json }) => print::settings(&ground.settings, &ground.files, *json),
     }
@@ -188,14 +193,17 @@ impl Ground<'_> {
     async fn examine(self, timeout: &Timeout, is_json: bool) -> Result<Exit> {
         let config = &self.settings.config;
         let deadline = timeout.soon(config);
-        let snapshot = match self.saved {
-            Some(saved) => saved,
+        let nothing_told = doctor::Told::new();
+        let diagnosis = match &self.saved {
+            Some(saved) => doctor::examine(saved, config, &nothing_told),
             None => {
                 let directory = lock::runtime_directory();
-                snapshot_file::take(self.endpoint, deadline, config, &self.files, &directory).await?.0
+                let taken = snapshot_file::take(self.endpoint, deadline, config, &self.files, &directory).await?.0;
+                let told = ask_kernel(doctor::examine(&taken, config, &nothing_told).asks()).await?;
+                doctor::examine(&taken, config, &told)
             }
         };
-        print::diagnosis(&doctor::examine(&snapshot, config), is_json)
+        print::diagnosis(&diagnosis, is_json)
     }
 
     async fn snapshot(self, output: Option<&Path>, is_redacted: bool, timeout: &Timeout) -> Result<Exit> {
@@ -266,11 +274,23 @@ fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {
 fn explain_saved(question: &Question, saved: &Snapshot, config: &Config) -> Result<Explanation> {
     let observed = saved.observed(config.mark);
     let packet = question.packet(&observed)?;
-    let why = explain::unaskable(&observed, &packet).unwrap_or("it is a snapshot's".into());
+    let why = "this is a snapshot, so the model alone answers".into();
     let tree = saved.tree().map_err(anyhow::Error::from);
     let attached = tree.and_then(|tree| Ok(metadata::attached(&tree)?)).map_err(|error| format!("{error:#}"));
     let known = Known { observed: &observed, attached: attached.as_ref().map_err(String::clone), config };
     Ok(explain::explain(&known, &packet, &Said::Nothing(why)))
+}
+
+/// What the kernel has no answer to is left out.
+async fn ask_kernel(packets: impl Iterator<Item = &Packet>) -> Result<doctor::Told> {
+    let mut netlink = Netlink::open().context("opening a netlink socket")?;
+    let mut told = doctor::Told::new();
+    for packet in packets {
+        if let Said::Way { way, .. } = netlink.ask(packet).await? {
+            told.insert(*packet, way);
+        }
+    }
+    Ok(told)
 }
 
 async fn read_explanation(

@@ -21,13 +21,14 @@ Exit codes:
 pub(super) const RECONCILE: &str = "\
 Examples:
   sudo eniup reconcile                   once, now; a second run finds nothing to do and says nothing
-  eniup reconcile --dry-run              only print what it would do
+  eniup reconcile --dry-run              only print what it would do; with --detailed-exitcode 2 when there is something
   sudo eniup reconcile --confirm 60      undo it unless `sudo eniup confirm` is typed within a minute
   sudo eniup reconcile --automatic       as a timer runs it: what metadata lacks once is not taken away
   sudo eniup reconcile --timeout 5s --metrics /run/eniup/eniup.prom
 
 Exit codes:
-  0 all is as it should be   1 failed   3 an ENI is pending or failed, the others are done
+  0 all is as it should be   1 failed   2 differences (with --detailed-exitcode)
+  3 an ENI is pending or failed, the others are done
   69 metadata unavailable   75 another run is busy or on trial   77 needs CAP_NET_ADMIN   78 bad configuration";
 
 pub(super) const CONFIRM: &str = "\
@@ -61,7 +62,7 @@ Exit codes:
 pub(super) const EXPLAIN: &str = "\
 Examples:
   eniup explain --from 10.0.1.20                   what an ENI's address sends to the internet
-  eniup explain --to 10.0.9.9                      what a program sends that binds to no address
+  eniup explain 10.0.9.9                           what a program sends that binds to no address
   eniup explain --from 10.0.1.20 --to 172.17.0.2   what it answers to a container
   eniup explain --oif ens6 --to 192.0.2.7          what curl --interface ens6 sends
   eniup explain --iif docker0 --from 10.0.1.97     what a container with a delegated address sends
@@ -108,6 +109,7 @@ pub(super) const RELEASE: &str = "\
 Examples:
   eniup release --dry-run                what would be taken away
   sudo eniup release                     take it away; stop the units first, or they bring it back
+  sudo eniup release --eni eni-0123456789abcdef0   that of one ENI, before the configuration ignores it
 
 Exit codes:
   0 ok   1 something could not be taken away   75 another run is busy   77 needs CAP_NET_ADMIN";
@@ -117,6 +119,15 @@ Examples:
   eniup completions bash                 from ~/.bashrc: source <(eniup completions bash)
   eniup completions zsh                  from ~/.zshrc, behind compinit: source <(eniup completions zsh)
   eniup completions fish                 into ~/.config/fish/completions/eniup.fish";
+
+pub(super) const MAN: &str = "\
+Examples:
+  eniup man                              eniup(8), for `man -l -`
+  eniup man plan                         eniup-plan(8)
+  eniup man eniup.toml                   eniup.toml(5)
+
+Exit codes:
+  0 ok   64 no such page";
 
 pub(super) const CONFIG: &str = "\
 Examples:

@@ -5,6 +5,7 @@ mod candidates;
 mod commands;
 mod help;
 mod log;
+mod man;
 mod print;
 
 use std::io::ErrorKind;
@@ -25,6 +26,7 @@ use crate::trial::InTheWay;
 use crate::wait;
 pub use arguments::Shell;
 use arguments::{BadUsage, Cli, Command};
+pub use man::{Page, pages};
 
 /// The whole command line, for manual and completions.
 pub fn command() -> clap::Command {

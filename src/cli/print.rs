@@ -40,18 +40,19 @@ pub(super) fn settings(settings: &Settings, files: &[File], is_json: bool) -> Re
 
 pub(super) fn plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
     let troubles = reconcile::preview_troubles(attached, plan);
+    let notes: Vec<&String> = plan.notes.iter().chain(&attached.idle).collect();
     if is_json {
         let steps: Vec<serde_json::Value> = plan.steps.iter().map(|step| step.to_json()).collect();
         let troubles: Vec<serde_json::Value> = troubles
             .iter()
             .map(|(eni, trouble)| serde_json::json!({ "eni": eni, "state": trouble.state, "why": trouble.why }))
             .collect();
-        let shown = serde_json::json!({ "schema": 1, "steps": steps, "troubles": troubles, "notes": plan.notes });
+        let shown = serde_json::json!({ "schema": 1, "steps": steps, "troubles": troubles, "notes": notes });
         text(&format!("{shown:#}\n"))?;
     } else {
         steps(plan)?;
     }
-    for note in &plan.notes {
+    for note in &notes {
         tracing::warn!("{note}");
     }
     for (eni, trouble) in &troubles {

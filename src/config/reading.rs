@@ -3,7 +3,7 @@
 // A length of time, no clock.
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use toml::de::{DeTable, DeValue};
 
@@ -82,9 +82,11 @@ impl<'a> Reading<'a> {
 
     fn read(&mut self, source: Source<'a>, table: &mut Table) {
         self.set("rules", source, table.value("rules", |value| word(value, &RULES)), |config| &mut config.rules);
-        self.set("timeout", source, table.value("timeout", duration), |config| &mut config.timeout);
+        self.set("timeout", source, table.value("timeout", |value| duration(value, policy::TIMEOUTS)), |config| {
+            &mut config.timeout
+        });
         table.table("watch", |table| {
-            let interval = table.value("interval", |value| interval(value).map(Some));
+            let interval = table.value("interval", interval);
             self.set("watch.interval", source, interval, |config| &mut config.interval);
         });
         table.table("numbers", |table| self.read_numbers(source, table));
@@ -153,12 +155,19 @@ impl<'a> Reading<'a> {
     }
 }
 
-/// The text with these lines blank and all else in its place, since at a key without a value the parser ends. It makes
-/// something of a broken table header, which tells whose the keys below are.
+/// The text with these lines blank and all else in its place, since at a key without a value the parser ends. Below a broken
+/// table header nobody knows whose the keys are, so they are blank up to the next one.
 fn without_lines(text: &str, broken: &BTreeSet<usize>) -> String {
-    let line = |(n, line): (usize, &str)| match broken.contains(&(n + 1)) && !line.trim_start().starts_with('[') {
-        true => line.bytes().map(|byte| if byte == b'\n' { '\n' } else { ' ' }).collect(),
-        false => line.to_string(),
+    let mut is_lost = false;
+    let line = |(n, line): (usize, &str)| {
+        let is_broken = broken.contains(&(n + 1));
+        if line.trim_start().starts_with('[') {
+            is_lost = is_broken;
+        }
+        match is_broken || is_lost {
+            true => line.bytes().map(|byte| if byte == b'\n' { '\n' } else { ' ' }).collect(),
+            false => line.to_string(),
+        }
     };
     text.split_inclusive('\n').enumerate().map(line).collect()
 }
@@ -172,21 +181,27 @@ fn selector(source: Source, table: &mut Table, span: &Range<usize>) -> Option<Se
     selector
 }
 
-fn duration(value: &DeValue) -> Result<Duration, Wrong> {
+fn duration(value: &DeValue, range: RangeInclusive<Duration>) -> Result<Duration, Wrong> {
     let example = "write it as in \"30s\" or \"2m\"";
     let text = text(value).map_err(|wrong| wrong.hint(example))?;
-    humantime::parse_duration(text).map_err(|error| Wrong::new(format!("\"{text}\": {error}")).hint(example))
-}
-
-fn interval(value: &DeValue) -> Result<Duration, Wrong> {
-    let interval = duration(value)?;
-    let range = policy::INTERVAL;
-    match range.contains(&interval) {
-        true => Ok(interval),
+    let duration =
+        humantime::parse_duration(text).map_err(|error| Wrong::new(format!("\"{text}\": {error}")).hint(example))?;
+    match range.contains(&duration) {
+        true => Ok(duration),
         false => {
             let [least, most] = [range.start(), range.end()].map(|end| humantime::format_duration(*end).to_string());
             Err(Wrong::new(format!("a length of time from \"{least}\" to \"{most}\" is expected")))
         }
+    }
+}
+
+/// How `watch.interval` says that it is for eniup to choose.
+pub const AUTOMATIC: &str = "auto";
+
+fn interval(value: &DeValue) -> Result<Option<Duration>, Wrong> {
+    match value.as_str() == Some(AUTOMATIC) {
+        true => Ok(None),
+        false => duration(value, policy::INTERVAL).map(Some),
     }
 }
 

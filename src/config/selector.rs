@@ -114,9 +114,14 @@ fn pattern(attribute: Attribute, value: &DeValue) -> Result<Pattern, Wrong> {
         return Ok(literal(&number::<u32>(value, 0..=99)?.to_string()));
     }
     let text = text(value)?;
+    if text.is_empty() {
+        return Err(
+            Wrong::new("an empty text means no ENI").hint("`*` is any text; leave the key out if it does not matter")
+        );
+    }
     let is_literal = !text.contains(['*', '?', '[']);
     match attribute {
-        Attribute::InstanceTag if !text.contains('=') => {
+        Attribute::InstanceTag if !text.trim_start_matches('=').contains('=') => {
             let wrong = Wrong::new(format!("\"{text}\" is no tag with a value"));
             return Err(wrong.hint("write it as \"KEY=VALUE\", or as \"KEY=*\" for any value"));
         }
@@ -125,16 +130,91 @@ fn pattern(attribute: Attribute, value: &DeValue) -> Result<Pattern, Wrong> {
         }
         attribute if is_literal => {
             if let Some(prefix) = attribute.prefix().filter(|prefix| !text.starts_with(prefix)) {
-                return Err(Wrong::new(format!("\"{text}\" does not begin with \"{prefix}\"")));
+                let wrong = Wrong::new(format!("\"{text}\" does not begin with \"{prefix}\""));
+                return Err(wrong.hint(format!("\"{prefix}*\" means all, \"{prefix}0123*\" those that begin so")));
             }
         }
         _ => {}
     }
     let text = if attribute == Attribute::Mac { text.to_lowercase() } else { text.into() };
-    Pattern::new(&text).map_err(|error| {
+    let pattern = Pattern::new(&text).map_err(|error| {
         let wrong = Wrong::new(format!("\"{text}\" is no pattern: {}", error.msg));
         wrong.hint("`*` is any text, `?` any character, `[ab]` one of these")
-    })
+    })?;
+    match attribute.shape().filter(|shape| !shape.can_match(&text)) {
+        Some(Shape { what, example, .. }) => {
+            Err(Wrong::new(format!("\"{text}\" can mean none: {what}")).hint(format!("write it as in {example}")))
+        }
+        None => Ok(pattern),
+    }
+}
+
+/// What all values of an attribute look like.
+struct Shape {
+    what: &'static str,
+    example: String,
+    /// The characters that can be in each place.
+    places: Vec<&'static str>,
+    /// Whether any text may follow, and some has to.
+    is_open: bool,
+}
+
+impl Attribute {
+    /// None: it may be any text.
+    fn shape(self) -> Option<Shape> {
+        const HEX: &str = "0123456789abcdef";
+        match self {
+            Attribute::Mac => Some(Shape {
+                what: "a MAC address has six pairs of hexadecimal digits with colons between",
+                example: "\"02:*\"".into(),
+                places: (0..17).map(|n| if n % 3 == 2 { ":" } else { HEX }).collect(),
+                is_open: false,
+            }),
+            Attribute::Id | Attribute::SubnetId | Attribute::VpcId => {
+                let prefix = self.prefix()?;
+                Some(Shape {
+                    what: "ids of this sort are written otherwise",
+                    example: format!("\"{prefix}*\""),
+                    places: (0..prefix.len()).map(|n| &prefix[n..=n]).collect(),
+                    is_open: true,
+                })
+            }
+            Attribute::Link
+            | Attribute::NetworkCard
+            | Attribute::DeviceNumber
+            | Attribute::SecurityGroup
+            | Attribute::InstanceTag => None,
+        }
+    }
+}
+
+impl Shape {
+    /// Whether a good pattern matches any text of this shape: the places up to which its tokens can have come, one after the
+    /// other.
+    fn can_match(&self, pattern: &str) -> bool {
+        let last = self.places.len() + usize::from(self.is_open);
+        let mut reached = BTreeSet::from([0]);
+        let mut rest = pattern;
+        while let Some(first) = rest.chars().next() {
+            // The shortest beginning that is a pattern: `[!ab]` as a whole, since `[` alone is none.
+            let ends = rest.char_indices().map(|(at, c)| at + c.len_utf8());
+            let Some(token) = ends.map(|end| &rest[..end]).find(|token| Pattern::new(token).is_ok()) else {
+                return false;
+            };
+            rest = &rest[token.len()..];
+            if first == '*' {
+                reached = reached.first().map_or_else(BTreeSet::new, |earliest| (*earliest..=last).collect());
+                continue;
+            }
+            let is_taken = |place: usize| match self.places.get(place) {
+                Some(characters) => Pattern::new(token)
+                    .is_ok_and(|token| characters.chars().any(|c| token.matches(c.encode_utf8(&mut [0; 4])))),
+                None => self.is_open,
+            };
+            reached = reached.into_iter().filter(|place| is_taken(*place)).map(|place| (place + 1).min(last)).collect();
+        }
+        reached.contains(&last)
+    }
 }
 
 fn literal(text: &str) -> Pattern {

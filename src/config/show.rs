@@ -6,7 +6,7 @@ use glob::Pattern;
 use serde_json::json;
 
 use super::choices::{Choices, name};
-use super::reading::RULES;
+use super::reading::{AUTOMATIC, RULES};
 use super::selector::{Attribute, Selector};
 use super::{Config, File, Origin, Settings};
 
@@ -50,8 +50,8 @@ impl Settings {
             ("numbers.subnet_rule_offset", subnet_rule_offset.to_string()),
             ("numbers.link_group", link_group.to_string()),
         ];
-        let interval = interval.map(|interval| quoted(&humantime::format_duration(interval).to_string()));
-        values.extend(interval.map(|interval| ("watch.interval", interval)));
+        let interval = interval.map(|interval| humantime::format_duration(interval).to_string());
+        values.push(("watch.interval", quoted(interval.as_deref().unwrap_or(AUTOMATIC))));
         values
     }
 

@@ -4,6 +4,7 @@
 mod network;
 mod others;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::desired::desired;
 use crate::eni::{Attached, Eni};
+use crate::fib::{Doubt, Packet, Way, lookup};
 use crate::metadata;
 use crate::net::{Link, MacAddr, Observed};
 use crate::place::find_link;
@@ -55,11 +57,14 @@ pub struct Finding {
     pub evidence: String,
     /// What to do: a command, or words where no command can.
     pub fix: Option<String>,
+    /// Packets whose way only the kernel knows.
+    #[serde(skip)]
+    asks: Vec<Packet>,
 }
 
 impl Finding {
     fn fail(evidence: impl Into<String>, fix: impl Into<String>) -> Finding {
-        Finding { verdict: Verdict::Fail, evidence: evidence.into(), fix: Some(fix.into()) }
+        Finding { verdict: Verdict::Fail, evidence: evidence.into(), fix: Some(fix.into()), asks: Vec::new() }
     }
 
     fn warn(evidence: impl Into<String>, fix: impl Into<String>) -> Finding {
@@ -67,9 +72,12 @@ impl Finding {
     }
 
     fn skip(evidence: impl Into<String>) -> Finding {
-        Finding { verdict: Verdict::Skip, evidence: evidence.into(), fix: None }
+        Finding { verdict: Verdict::Skip, evidence: evidence.into(), fix: None, asks: Vec::new() }
     }
 }
+
+/// The kernel's own word on packets.
+pub type Told = BTreeMap<Packet, Way>;
 
 /// What is wrong, or why that cannot be told.
 type Findings = Result<Vec<Finding>, String>;
@@ -127,6 +135,7 @@ struct Facts<'a> {
     observed: Observed,
     /// Or why there is none.
     metadata: Result<Metadata, String>,
+    told: &'a Told,
 }
 
 struct Metadata {
@@ -134,8 +143,8 @@ struct Metadata {
     plan: Plan,
 }
 
-/// Goes through all checks.
-pub fn examine(snapshot: &Snapshot, config: &Config) -> Diagnosis {
+/// Goes through all checks, with what the kernel told before of what an earlier diagnosis asked.
+pub fn examine(snapshot: &Snapshot, config: &Config, told: &Told) -> Diagnosis {
     let observed = snapshot.observed(config.mark);
     let metadata = snapshot.tree().map_err(|error| error.to_string()).and_then(|tree| {
         let attached = metadata::attached(&tree).map_err(|error| error.what().to_string())?;
@@ -143,7 +152,7 @@ pub fn examine(snapshot: &Snapshot, config: &Config) -> Diagnosis {
         let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
         Ok(Metadata { attached, plan })
     });
-    let facts = Facts { snapshot, config, observed, metadata };
+    let facts = Facts { snapshot, config, observed, metadata, told };
     let checks: Vec<CheckResult> = CHECKS.iter().map(|check| result(check, &facts)).collect();
     let verdict = checks.iter().map(|check| check.verdict).max().unwrap_or(Verdict::Pass);
     Diagnosis { schema: SCHEMA, verdict, checks }
@@ -153,7 +162,7 @@ fn result(check: &Check, facts: &Facts) -> CheckResult {
     let Check { id, question, passed, look } = check;
     let mut findings = look(facts).unwrap_or_else(|why| vec![Finding::skip(format!("it cannot be told: {why}"))]);
     if findings.is_empty() {
-        findings.push(Finding { verdict: Verdict::Pass, evidence: (*passed).into(), fix: None });
+        findings.push(Finding { verdict: Verdict::Pass, ..Finding::skip(*passed) });
     }
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.verdict));
     CheckResult { id, question, verdict: findings[0].verdict, findings }
@@ -167,7 +176,24 @@ struct Placed<'a> {
     link: &'a Link,
 }
 
+impl Diagnosis {
+    /// Packets of which the checks could tell more if the kernel were asked.
+    pub fn asks(&self) -> impl Iterator<Item = &Packet> {
+        self.checks.iter().flat_map(|check| &check.findings).flat_map(|finding| &finding.asks)
+    }
+}
+
 impl Facts<'_> {
+    /// The model's, or the kernel's where only that knows which of two was there first.
+    fn way(&self, packet: &Packet) -> Way {
+        match lookup(&self.observed, packet).way {
+            way @ Way::Unknown(Doubt::EqualRoutes | Doubt::OrderOfRules { .. }) => {
+                self.told.get(packet).copied().unwrap_or(way)
+            }
+            way => way,
+        }
+    }
+
     fn metadata(&self) -> Result<&Metadata, String> {
         self.metadata.as_ref().map_err(|_| "there is no metadata (D-IMDS)".into())
     }
@@ -218,7 +244,7 @@ impl fmt::Display for Diagnosis {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         for CheckResult { id, question, verdict, findings } in &self.checks {
             writeln!(f, "{verdict}  {id:12}  {question}")?;
-            for Finding { verdict: _, evidence, fix } in findings {
+            for Finding { evidence, fix, .. } in findings {
                 writeln!(f, "      {}", plain(evidence))?;
                 for (n, line) in fix.iter().flat_map(|fix| fix.lines()).enumerate() {
                     writeln!(f, "      {}{}", if n == 0 { "fix: " } else { "     " }, plain(line))?;

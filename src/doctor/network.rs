@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::others::{keep_off_default, renew};
 use super::{Facts, Finding, Findings, Placed};
 use crate::eni::{Eni, Reason};
-use crate::fib::{Packet, Way, lookup};
+use crate::fib::{Packet, Way};
 use crate::metadata::Fault;
 use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind};
 use crate::operation::{LinkChange, Operation};
@@ -42,6 +42,9 @@ fn remedy(fault: Fault) -> &'static str {
             "aws ec2 modify-instance-metadata-options --http-endpoint enabled --http-tokens required --instance-id ID"
         }
         Fault::Unauthorized => "find out who answers in its place: ip route get 169.254.169.254",
+        Fault::Refused => "take the firewall rule away that rejects it: sudo nft list ruleset; sudo iptables -S OUTPUT",
+        Fault::Unreachable => "give it a route by the primary ENI's link: ip route get 169.254.169.254",
+        Fault::Overloaded => "wait a minute, and find out what asks it all the time: sudo ss -tnp dst 169.254.169.254",
         Fault::NotMetadata => "take the proxy or portal out of the way: ip route get 169.254.169.254",
         Fault::NoAnswer => {
             "run eniup in the host's own network namespace, or in a container raise the hop limit: \
@@ -98,8 +101,9 @@ pub fn missing_ip(facts: &Facts) -> Findings {
         let elsewhere = facts.observed.addresses.iter().find(|(_, address)| address.net.addr() == *first);
         let elsewhere = elsewhere.map(|(index, _)| format!(", but on {}", facts.link_name(*index)));
         let evidence = format!(
-            "{first}{} not on {}, the link of {}{}",
-            and_more(missing.len() - 1),
+            "{first}{} {} not on {}, the link of {}{}",
+            more(missing.len() - 1),
+            if missing.len() == 1 { "is" } else { "are" },
             link.name,
             eni.id,
             elsewhere.unwrap_or_default()
@@ -150,7 +154,7 @@ impl Facts<'_> {
             destinations.iter().filter(fits).map(move |to| (from, *to))
         });
         let strays = pairs.filter_map(|(from, to)| {
-            let way = lookup(&self.observed, &packet(Some(from), to)).way;
+            let way = self.way(&packet(Some(from), to));
             let is_right = matches!(way, Way::Out { link: by, .. } if by == link);
             (!is_right).then_some(Stray { from, to, way })
         });
@@ -161,12 +165,15 @@ impl Facts<'_> {
     fn stray_finding(&self, strays: &[Stray], owner: &str) -> Option<Finding> {
         let is_known = |stray: &&Stray| !matches!(stray.way, Way::Unknown(_));
         let Stray { from, to, way } = strays.iter().find(is_known).or(strays.first())?;
-        let what = format!("what {from}{} sends to {to}", and_more(strays.len() - 1).replace(" are", ""));
+        let what = format!("what {from}{} sends to {to}", more(strays.len() - 1));
         let evidence = match way {
             Way::Out { link, .. } => format!("{what} leaves by {}, not by {owner}", self.link_name(*link)),
             Way::Here => format!("{what} stays on this machine"),
             Way::Nowhere(refusal) => format!("{what} goes nowhere: {refusal}"),
-            Way::Unknown(doubt) => return Some(Finding::skip(format!("where {from} sends to {to}: {doubt}"))),
+            Way::Unknown(doubt) => {
+                let asks = strays.iter().map(|stray| packet(Some(stray.from), stray.to)).collect();
+                return Some(Finding { asks, ..Finding::skip(format!("where {from} sends to {to}: {doubt}")) });
+            }
         };
         Some(Finding::fail(evidence, self.reconcile_or(format!("eniup explain --from {from} --to {to}"))))
     }
@@ -176,9 +183,9 @@ fn packet(source: Option<IpAddr>, destination: IpAddr) -> Packet {
     Packet { source, destination, input: None, output: None, mark: 0 }
 }
 
-/// ` is`, or ` and n more are`.
-fn and_more(n: usize) -> String {
-    if n == 0 { " is".into() } else { format!(" and {n} more are") }
+/// ` and n more`, if there are any.
+fn more(n: usize) -> String {
+    if n == 0 { String::new() } else { format!(" and {n} more") }
 }
 
 fn all_addresses(eni: &Eni) -> Vec<IpAddr> {
@@ -229,7 +236,7 @@ pub fn containers(facts: &Facts) -> Findings {
     let mut findings = Vec::new();
     for (index, Route { destination, .. }) in specific_routes(facts)? {
         let Some(to) = somebody_in(*destination, facts) else { continue };
-        let way = lookup(&facts.observed, &packet(None, to)).way;
+        let way = facts.way(&packet(None, to));
         let is_reached = matches!(way, Way::Out { link, .. } if link == index);
         let owner = format!("{}, which has {destination}", facts.link_name(index));
         for Placed { eni, .. } in placed.iter().filter(|_| is_reached) {

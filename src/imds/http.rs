@@ -9,6 +9,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use super::pace::Pace;
+use crate::metadata::Fault;
 use crate::tally::{self, Event};
 
 /// One answer is waited for this long; the service is on the same host and answers within milliseconds.
@@ -31,16 +32,34 @@ pub enum Attempt<T> {
     Unauthorized,
     Forbidden,
     /// No connection, or no answer on it.
-    NoWay(String),
+    NoWay {
+        fault: Fault,
+        why: String,
+    },
     /// `connect` was refused by the routing table: EACCES, what a `prohibit` route or rule gives.
     Prohibited,
     /// It may be different a moment later.
-    Passing(String),
+    Passing {
+        fault: Fault,
+        why: String,
+    },
     /// Asking again would not help.
     Useless(String),
 }
 
 impl<T> Attempt<T> {
+    /// What that is called when nothing better comes of it.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Attempt::NoWay { fault, .. } | Attempt::Passing { fault, .. } => *fault,
+            Attempt::Prohibited => Fault::Locked,
+            Attempt::Forbidden => Fault::Forbidden,
+            Attempt::Unauthorized => Fault::Unauthorized,
+            Attempt::NotFound | Attempt::Useless(_) => Fault::NotMetadata,
+            Attempt::Body(_) => Fault::NoAnswer,
+        }
+    }
+
     /// Why there is no body.
     pub fn shown(&self) -> String {
         match self {
@@ -49,7 +68,7 @@ impl<T> Attempt<T> {
             Attempt::Unauthorized => "the token is refused (401)".into(),
             Attempt::Forbidden => "refused (403)".into(),
             Attempt::Prohibited => "prohibited by the routing table".into(),
-            Attempt::NoWay(why) | Attempt::Passing(why) | Attempt::Useless(why) => why.clone(),
+            Attempt::NoWay { why, .. } | Attempt::Passing { why, .. } | Attempt::Useless(why) => why.clone(),
         }
     }
 }
@@ -79,9 +98,9 @@ pub async fn token(client: &Client, endpoint: &Url, pace: &Pace, deadline: Insta
         Attempt::NotFound => return Attempt::Useless("it has no /latest/api/token (404)".into()),
         Attempt::Unauthorized => return Attempt::Unauthorized,
         Attempt::Forbidden => return Attempt::Forbidden,
-        Attempt::NoWay(why) => return Attempt::NoWay(why),
+        Attempt::NoWay { fault, why } => return Attempt::NoWay { fault, why },
         Attempt::Prohibited => return Attempt::Prohibited,
-        Attempt::Passing(why) => return Attempt::Passing(why),
+        Attempt::Passing { fault, why } => return Attempt::Passing { fault, why },
         Attempt::Useless(why) => return Attempt::Useless(why),
     };
     match HeaderValue::from_str(body.trim()) {
@@ -90,7 +109,7 @@ pub async fn token(client: &Client, endpoint: &Url, pace: &Pace, deadline: Insta
             token.set_sensitive(true);
             Attempt::Body(token)
         }
-        _ => Attempt::Passing("its token is no header value".into()),
+        _ => not_metadata("its token is no header value".into()),
     }
 }
 
@@ -118,7 +137,7 @@ async fn send(request: RequestBuilder, pace: &Pace, deadline: Instant) -> Attemp
     };
     match timeout_at(deadline, exchange).await {
         Ok(attempt) => attempt,
-        Err(_) => Attempt::NoWay("the deadline passed before an answer came".into()),
+        Err(_) => Attempt::NoWay { fault: Fault::NoAnswer, why: "the deadline passed before an answer came".into() },
     }
 }
 
@@ -136,8 +155,10 @@ async fn receive(request: RequestBuilder, pace: &Pace) -> Attempt<String> {
         StatusCode::NOT_FOUND => Attempt::NotFound,
         StatusCode::UNAUTHORIZED => Attempt::Unauthorized,
         StatusCode::FORBIDDEN => Attempt::Forbidden,
-        StatusCode::TOO_MANY_REQUESTS => Attempt::Passing("429, too many requests".into()),
-        status if status.is_server_error() => Attempt::Passing(status.to_string()),
+        StatusCode::TOO_MANY_REQUESTS => {
+            Attempt::Passing { fault: Fault::Overloaded, why: "429, too many requests".into() }
+        }
+        status if status.is_server_error() => Attempt::Passing { fault: Fault::Overloaded, why: status.to_string() },
         status => Attempt::Useless(format!("status {status}")),
     }
 }
@@ -148,36 +169,47 @@ async fn body(mut response: Response) -> Attempt<String> {
     loop {
         match response.chunk().await {
             Ok(Some(chunk)) if body.len() + chunk.len() > LONGEST_BODY => {
-                return Attempt::Passing(format!("the answer is longer than {LONGEST_BODY} bytes"));
+                return not_metadata(format!("the answer is longer than {LONGEST_BODY} bytes"));
             }
             Ok(Some(chunk)) => body.extend_from_slice(&chunk),
             Ok(None) => break,
-            Err(error) => return Attempt::Passing(describe(&error)),
+            Err(error) => return Attempt::Passing { fault: Fault::NoAnswer, why: describe(&error) },
         }
     }
     let body = match String::from_utf8(body) {
         Ok(body) => body,
         Err(error) => {
-            return Attempt::Passing(format!("the answer is not UTF-8 (byte {})", error.utf8_error().valid_up_to()));
+            return not_metadata(format!("the answer is not UTF-8 (byte {})", error.utf8_error().valid_up_to()));
         }
     };
     if body.lines().nth(MOST_LINES).is_some() {
-        return Attempt::Passing(format!("the answer has more than {MOST_LINES} lines"));
+        return not_metadata(format!("the answer has more than {MOST_LINES} lines"));
     }
     // No value may hold it, security groups' names included: it is the page of a proxy or portal.
     if body.contains('<') {
-        return Attempt::Passing("the answer is a page, not metadata".into());
+        return not_metadata("the answer is a page, not metadata".into());
     }
     Attempt::Body(body)
 }
 
 fn failure<T>(error: &reqwest::Error) -> Attempt<T> {
     let errno = causes(error).find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
-    match errno {
-        Some(libc::EACCES) => Attempt::Prohibited,
-        _ if error.is_connect() || error.is_timeout() => Attempt::NoWay(describe(error)),
-        _ => Attempt::Passing(describe(error)),
+    let why = describe(error);
+    let fault = match errno {
+        Some(libc::EACCES) => return Attempt::Prohibited,
+        Some(libc::ECONNREFUSED) => Fault::Refused,
+        Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Fault::Unreachable,
+        _ => Fault::NoAnswer,
+    };
+    match error.is_connect() || error.is_timeout() {
+        true => Attempt::NoWay { fault, why },
+        false => Attempt::Passing { fault, why },
     }
+}
+
+/// Who answers so may be gone a moment later.
+fn not_metadata<T>(why: String) -> Attempt<T> {
+    Attempt::Passing { fault: Fault::NotMetadata, why }
 }
 
 /// An error's innermost cause, without the URL: the paths are ours to name.

@@ -70,7 +70,7 @@ pub enum Error {
     /// The answers are not the metadata service's.
     NotMetadata { endpoint: String, what: String },
     /// No usable answer before the deadline; the last thing that went wrong.
-    NoAnswer { endpoints: String, last: String, waited: Duration },
+    NoAnswer { endpoints: String, fault: Fault, last: String, waited: Duration },
 }
 
 impl fmt::Display for Error {
@@ -104,11 +104,20 @@ impl fmt::Display for Error {
             Error::NotMetadata { endpoint, what } => {
                 write!(f, "{endpoint} does not answer as the metadata service does: {what}")
             }
-            Error::NoAnswer { endpoints, last, waited } => write!(
+            Error::NoAnswer { endpoints, fault, last, waited } => write!(
                 f,
-                "no answer from instance metadata at {endpoints} within {:.1} s ({last}). Is this \
-                 an EC2 instance, is IMDSv2 enabled, and is the hop limit large enough if this runs in a container?",
-                waited.as_secs_f64()
+                "no answer from instance metadata at {endpoints} within {:.1} s ({last}). {}",
+                waited.as_secs_f64(),
+                match fault {
+                    Fault::Refused => "Does a firewall rule reject it, or is this no EC2 instance?",
+                    Fault::Unreachable => "Does a route lead there?",
+                    Fault::Overloaded => "Does something on this machine ask it all the time?",
+                    Fault::NotMetadata => "Does a proxy or portal answer in its place?",
+                    _ => {
+                        "Is this an EC2 instance, is IMDSv2 enabled, and is the hop limit large enough if this runs in \
+                         a container?"
+                    }
+                }
             ),
         }
     }
@@ -126,7 +135,7 @@ impl Error {
             Error::Forbidden { .. } => Fault::Forbidden,
             Error::Unauthorized { .. } => Fault::Unauthorized,
             Error::NotMetadata { .. } => Fault::NotMetadata,
-            Error::NoAnswer { .. } => Fault::NoAnswer,
+            Error::NoAnswer { fault, .. } => *fault,
         }
     }
 }
@@ -219,7 +228,9 @@ impl Imds {
                 tracing::info!("waiting for instance metadata ({})", last.shown);
             }
             if !pauses.pause(deadline).await {
-                return Err(Error::NoAnswer { endpoints: shown, last: last.shown, waited: started.elapsed() });
+                let fault = last.fault.unwrap_or(Fault::NoAnswer);
+                let waited = started.elapsed();
+                return Err(Error::NoAnswer { endpoints: shown, fault, last: last.shown, waited });
             }
         }
     }
@@ -331,7 +342,9 @@ impl Imds {
                     reading.waiting.push_front(path);
                     continue;
                 }
-                Attempt::NoWay(why) | Attempt::Passing(why) | Attempt::Useless(why) if !is_essential(&path) => {
+                Attempt::NoWay { why, .. } | Attempt::Passing { why, .. } | Attempt::Useless(why)
+                    if !is_essential(&path) =>
+                {
                     Answer::Unknown(why)
                 }
                 attempt => return Err(self.error(&attempt, &path, started)),
@@ -366,7 +379,7 @@ impl Imds {
             let Way { client, endpoint, .. } = &self.way;
             let attempt = http::get(client, endpoint, token, path, &self.pace, self.deadline).await;
             made += 1;
-            let may_pass = matches!(attempt, Attempt::NoWay(_) | Attempt::Passing(_));
+            let may_pass = matches!(attempt, Attempt::NoWay { .. } | Attempt::Passing { .. });
             let is_enough = made >= KEY_ATTEMPTS && !is_essential(path);
             if !may_pass || is_enough || !pauses.pause(self.deadline).await {
                 return attempt;
@@ -377,6 +390,7 @@ impl Imds {
     fn error<T>(&self, attempt: &Attempt<T>, asked: &str, started: Instant) -> Error {
         way::final_error(attempt, &self.way).unwrap_or_else(|| Error::NoAnswer {
             endpoints: self.way.shown(),
+            fault: attempt.fault(),
             last: format!("{asked}: {}", attempt.shown()),
             waited: started.elapsed(),
         })

@@ -49,12 +49,12 @@ impl Watch {
             let Way { client, endpoint, .. } = &self.way;
             let attempt = http::token(client, endpoint, &self.pace, next + pause).await;
             match attempt {
-                Attempt::NoWay(_) | Attempt::Prohibited => failed += 1,
+                Attempt::NoWay { .. } | Attempt::Prohibited => failed += 1,
                 Attempt::Body(_)
                 | Attempt::NotFound
                 | Attempt::Unauthorized
                 | Attempt::Forbidden
-                | Attempt::Passing(_)
+                | Attempt::Passing { .. }
                 | Attempt::Useless(_) => failed = 0,
             }
             if failed >= failures {

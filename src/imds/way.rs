@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout};
 use super::http::{self, Attempt};
 use super::pace::Pace;
 use super::{ENDPOINTS, Error};
+use crate::metadata::Fault;
 use crate::net::{Family, HasFamily, MacAddr, Observed, RouteKind};
 use crate::policy;
 
@@ -112,6 +113,8 @@ pub struct Failures {
     pub is_nobody_there: bool,
     /// The routing table forbids one of them.
     pub is_prohibited: bool,
+    /// The most telling one.
+    pub fault: Option<Fault>,
 }
 
 /// The first token, and the way that it came by. The ways start one after the other, without waiting long.
@@ -140,7 +143,7 @@ pub async fn race(ways: &[Way], pace: &Pace, deadline: Instant) -> Result<Result
                     failures.add(way, attempt);
                 }
                 None => {
-                    may_answer_later |= !matches!(attempt, Attempt::NoWay(_) | Attempt::Prohibited);
+                    may_answer_later |= !matches!(attempt, Attempt::NoWay { .. } | Attempt::Prohibited);
                     failures.add(way, attempt);
                 }
             },
@@ -155,15 +158,20 @@ pub fn final_error<T>(attempt: &Attempt<T>, way: &Way) -> Option<Error> {
         Attempt::Forbidden => Some(Error::Forbidden { endpoint }),
         Attempt::Unauthorized => Some(Error::Unauthorized { endpoint }),
         Attempt::Useless(what) => Some(Error::NotMetadata { endpoint, what: what.clone() }),
-        Attempt::Body(_) | Attempt::NotFound | Attempt::NoWay(_) | Attempt::Prohibited | Attempt::Passing(_) => None,
+        Attempt::Body(_)
+        | Attempt::NotFound
+        | Attempt::NoWay { .. }
+        | Attempt::Prohibited
+        | Attempt::Passing { .. } => None,
     }
 }
 
 impl Failures {
     fn add<T>(&mut self, way: &Way, attempt: Attempt<T>) {
+        self.fault = self.fault.max(Some(attempt.fault()));
         let is_prohibited = matches!(attempt, Attempt::Prohibited);
         self.is_prohibited |= is_prohibited;
-        self.is_nobody_there &= is_prohibited || matches!(attempt, Attempt::NoWay(_));
+        self.is_nobody_there &= is_prohibited || matches!(attempt, Attempt::NoWay { .. });
         self.show(&format!("{}: {}", way.shown(), attempt.shown()));
     }
 

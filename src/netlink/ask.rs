@@ -16,7 +16,7 @@ impl Netlink {
     /// The conversation broke. That the kernel refuses the packet is an answer.
     pub async fn ask(&mut self, packet: &Packet) -> Result<Said, Error> {
         match self.request(RouteNetlinkMessage::GetRoute(question(packet))).await {
-            Ok(RouteNetlinkMessage::NewRoute(message)) => Ok(said(&message)),
+            Ok(RouteNetlinkMessage::NewRoute(message)) => Ok(said(&message, packet.input.is_some())),
             Ok(other) => Err(Error::Garbled(format!("{other:?} in answer to a question for a route"))),
             Err(error) => match refusal(&error, packet) {
                 Some(said) => Ok(said),
@@ -45,7 +45,7 @@ fn question(packet: &Packet) -> RouteMessage {
     message
 }
 
-fn said(message: &RouteMessage) -> Said {
+fn said(message: &RouteMessage, is_forwarded: bool) -> Said {
     let (mut link, mut gateway, mut source) = (None, None, None);
     for attribute in &message.attributes {
         match attribute {
@@ -57,8 +57,13 @@ fn said(message: &RouteMessage) -> Said {
     }
     match (message.header.kind, link) {
         (RouteType::Local | RouteType::Anycast, _) => Said::Way { way: Way::Here, source },
+        // What comes in for everybody is for this machine, too.
+        (RouteType::Broadcast, _) if is_forwarded => Said::Way { way: Way::Here, source },
         (RouteType::Unicast, Some(link)) => Said::Way { way: Way::Out { link, gateway }, source },
-        (kind, _) => Said::Nothing(format!("its answer is a route of kind {kind:?}")),
+        (RouteType::Broadcast | RouteType::Multicast, Some(link)) if !is_forwarded => {
+            Said::Way { way: Way::Out { link, gateway }, source }
+        }
+        (kind, _) => Said::Nothing(format!("it was asked, and tells a route of kind {kind:?}")),
     }
 }
 
@@ -68,11 +73,13 @@ fn refusal(error: &Error, packet: &Packet) -> Option<Said> {
     match error.errno()? {
         libc::ENETUNREACH => nowhere(Refusal::NoRoute),
         libc::EHOSTUNREACH if packet.input.is_some() => {
-            Some(Said::Nothing("it does not forward, or no route leads there (EHOSTUNREACH)".into()))
+            Some(Said::Nothing("it was asked, and does not forward it, or no route leads there (EHOSTUNREACH)".into()))
         }
         libc::EHOSTUNREACH => nowhere(Refusal::Unreachable),
         libc::EACCES => nowhere(Refusal::Prohibited),
-        libc::EXDEV => Some(Said::Nothing("rp_filter drops what comes in by that link from that source".into())),
+        libc::EXDEV => {
+            Some(Said::Nothing("it was asked, and rp_filter drops what comes in by that link from that source".into()))
+        }
         libc::EINVAL => nowhere(Refusal::Blackhole),
         _ => None,
     }

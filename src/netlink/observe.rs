@@ -77,13 +77,15 @@ fn is_missing_family(error: &Error) -> bool {
 }
 
 fn link(message: &LinkMessage) -> Link {
+    let is_up = message.header.flags.contains(LinkFlags::Up);
     let mut link = Link {
         index: message.header.index,
         name: String::new(),
         mac: None,
         kind: None,
         controller: None,
-        is_up: message.header.flags.contains(LinkFlags::Up),
+        is_up,
+        has_carrier: is_up.then(|| message.header.flags.contains(LinkFlags::LowerUp)),
         mtu: 0,
         group: 0,
         altnames: Default::default(),

@@ -1,6 +1,6 @@
 //! The model answers like the kernel, for machines with links, addresses, routes and rules of all kinds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +10,7 @@ use netlink_packet_route::route::RouteType;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-use crate::kernel::{Asker, Heard, Said, connects, ip, observe, on_a_machine};
+use crate::kernel::{Asker, Found, Heard, Said, connects, ip, observe, on_a_machine};
 use crate::support::check;
 
 const LINKS: [&str; 4] = ["eth0", "eth1", "eth2", "dock0"];
@@ -24,7 +24,7 @@ const SOURCES: [[&str; 5]; 2] = [
 const STRANGERS: [[&str; 3]; 2] =
     [["10.0.1.96", "172.17.0.5", "198.51.100.7"], ["2001:db8:1::6000", "fd00:17::5", "2600::7"]];
 
-const DESTINATIONS: [[&str; 9]; 2] = [
+const DESTINATIONS: [[&str; 13]; 2] = [
     [
         "10.0.0.77",
         "10.0.1.77",
@@ -35,6 +35,10 @@ const DESTINATIONS: [[&str; 9]; 2] = [
         "198.51.100.7",
         "203.0.113.9",
         "10.0.1.20",
+        "10.0.1.255",
+        "255.255.255.255",
+        "224.0.0.1",
+        "239.1.2.3",
     ],
     [
         "2001:db8:0::77",
@@ -46,6 +50,10 @@ const DESTINATIONS: [[&str; 9]; 2] = [
         "2600::7",
         "2a00::9",
         "2001:db8:1::20",
+        "2001:db8:2::78",
+        "2001:db8:1::78",
+        "ff02::1",
+        "ff05::2",
     ],
 ];
 
@@ -188,7 +196,7 @@ fn probe() -> impl Strategy<Value = Probe> {
     (
         0..2usize,
         prop::option::weighted(0.8, 0..8usize),
-        0..9usize,
+        0..13usize,
         links(),
         links(),
         select(&[0u32, 0, 0x10, 0x110][..]),
@@ -226,9 +234,8 @@ impl Machine {
         }
         lines.push(format!("addr add {}/32 dev eth1", SOURCES[0][4]));
         lines.push(format!("addr add {}/128 dev eth1 nodad noprefixroute preferred_lft 0", SOURCES[1][4]));
-        let routes: BTreeMap<_, _> = self.routes.iter().rev().map(|route| (route.key(), route)).collect();
-        lines.extend(routes.values().map(|route| route.line()));
         let mut seen = BTreeSet::new();
+        lines.extend(self.routes.iter().filter(|route| seen.insert(route.key())).map(Route::line));
         lines.extend(self.rules.iter().filter(|rule| seen.insert(rule.key())).map(Rule::line));
         lines
     }
@@ -256,13 +263,16 @@ impl Machine {
 }
 
 impl Route {
-    fn key(&self) -> (&'static str, u32, u32) {
-        (self.prefix, self.table, self.metric)
+    /// All routes that refuse are one to IPv6.
+    fn key(&self) -> String {
+        let Route { family, prefix, kind, table, metric, .. } = self;
+        if kind.is_empty() { self.line() } else { format!("{family} {prefix} {table} {metric}") }
     }
 
+    /// `append` takes several with one destination and metric.
     fn line(&self) -> String {
         let Route { family, prefix, kind, link, has_gateway, table, metric } = self;
-        let mut line = format!("-{} route add {kind} {prefix} table {table} metric {metric}", [4, 6][*family]);
+        let mut line = format!("-{} route append {kind} {prefix} table {table} metric {metric}", [4, 6][*family]);
         if kind.is_empty() {
             line += &format!(" dev {link}");
             if *has_gateway {
@@ -363,6 +373,13 @@ pub fn compare(observed: &Observed, packets: &[Packet], count: &mut Count) -> Re
 
 fn agrees(packet: &Packet, answer: &Answer, heard: &Heard) -> Result<()> {
     match (answer.way, &heard.way) {
+        // For many: the kernel tells no entry, or one that it has not gone by.
+        (Way::Out { link, gateway }, Said::Route(found))
+            if matches!(found.kind, RouteType::Broadcast | RouteType::Multicast) =>
+        {
+            ensure!((found.link, found.gateway) == (Some(link), gateway), "the kernel's way is another: {found:?}");
+        }
+        (Way::Here, Said::Route(Found { kind: RouteType::Broadcast, .. })) if packet.input.is_some() => {}
         (Way::Out { link, gateway }, Said::Route(found)) => {
             ensure!(found.kind == RouteType::Unicast, "the kernel's is {:?}", found.kind);
             ensure!((found.link, found.gateway) == (Some(link), gateway), "the kernel's way is another");

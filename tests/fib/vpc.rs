@@ -191,6 +191,7 @@ impl Vpc {
             ignored: BTreeMap::new(),
             undecided: BTreeSet::new(),
             shared: BTreeMap::new(),
+            idle: Vec::new(),
             choices: BTreeMap::new(),
         }
     }
@@ -280,6 +281,7 @@ impl Host {
                 kind: kind.map(String::from),
                 controller: None,
                 is_up: true,
+                has_carrier: None,
                 mtu: 1500,
                 group: 0,
                 altnames: BTreeSet::new(),

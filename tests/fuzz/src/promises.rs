@@ -147,7 +147,7 @@ fn matches_its_own_enis_sources_only(rule: &Rule, selected: &Attached, desired: 
 
 /// All that is known of who sends from what.
 fn sources(selected: &Attached) -> Vec<(MacAddr, IpNet)> {
-    let Attached { primary: _, ready, pending, disputes, malformed: _, ignored, undecided: _, shared: _, choices: _ } = selected;
+    let Attached { ready, pending, disputes, ignored, .. } = selected;
     let ready = ready.iter().map(|(mac, eni)| (*mac, eni.all_sources()));
     let pending = pending.iter().map(|(mac, pending)| (*mac, pending.sources.clone().unwrap_or_default()));
     let ignored = ignored.iter().map(|(mac, ignored)| (*mac, ignored.sources().unwrap_or_default()));
