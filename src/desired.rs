@@ -2,6 +2,7 @@
 //! Which link carries that MAC, and what is there already, is for `plan`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -65,8 +66,16 @@ pub enum DesiredLink {
     Kept { altnames: Vec<String>, mtu: Option<u32> },
 }
 
+/// What decides about one ENI beside its own.
+struct Machine<'a> {
+    attached: &'a Attached,
+    config: &'a Config,
+    sources: Sources,
+}
+
 /// What the kernel should have, from metadata and configuration alone.
 pub fn desired(attached: &Attached, config: &Config) -> Desired {
+    let machine = Machine { attached, config, sources: Sources::of(attached) };
     let has_secondary = attached.ready.keys().any(|mac| *mac != attached.primary);
     let mut desired = Desired {
         enis: BTreeMap::new(),
@@ -80,7 +89,7 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         if let Some(primary) = attached.primary_eni() {
             desired.enis.insert(
                 attached.primary,
-                DesiredEni { routes: Vec::new(), rules: Vec::new(), ..primary_eni(attached, primary, config) },
+                DesiredEni { routes: Vec::new(), rules: Vec::new(), ..primary_eni(&machine, primary) },
             );
         }
         return desired;
@@ -91,8 +100,8 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
     }
     for (mac, eni) in &attached.ready {
         let eni = match *mac == attached.primary {
-            true => primary_eni(attached, eni, config),
-            false => secondary_eni(attached, *mac, eni, config),
+            true => primary_eni(&machine, eni),
+            false => secondary_eni(&machine, *mac, eni),
         };
         desired.enis.insert(*mac, eni);
     }
@@ -102,7 +111,8 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
 /// The primary ENI stays as the distribution made it. Added are its missing secondary addresses, and narrow rules that
 /// keep its replies to the other ENIs' subnets symmetric when another manager has put those subnets into `main`
 /// (amazon-ec2-net-utils issue 174).
-fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
+fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
+    let Machine { attached, config, .. } = *machine;
     let table = policy::table(config, eni.slot);
     let mut routes = Vec::new();
     let mut rules = Vec::new();
@@ -112,7 +122,7 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
             continue;
         }
         routes.extend(table_routes(eni, family, table, config));
-        for source in sources_of_rules(attached, attached.primary, eni, family, config) {
+        for source in sources_of_rules(machine, attached.primary, eni, family) {
             for subnet in &subnets {
                 let rule =
                     Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
@@ -142,7 +152,8 @@ fn primary_eni(attached: &Attached, eni: &Eni, config: &Config) -> DesiredEni {
     }
 }
 
-fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) -> DesiredEni {
+fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
+    let Machine { attached, config, .. } = *machine;
     let table = policy::table(config, eni.slot);
     let choices = attached.choices.get(&mac).cloned().unwrap_or_default();
     let families: Vec<Family> = Family::BOTH.into_iter().filter(|family| eni.has_family(*family)).collect();
@@ -159,7 +170,7 @@ fn secondary_eni(attached: &Attached, mac: MacAddr, eni: &Eni, config: &Config) 
         if !choices.is_isolated() && choices.main_routes == Some(MainRoutes::Connected) {
             routes.extend(connected_routes(eni, family, config));
         }
-        rules.extend(source_rules(attached, mac, eni, family, config));
+        rules.extend(source_rules(machine, mac, eni, family));
     }
     let chosen: Vec<Wanted<Route>> =
         families.iter().flat_map(|family| chosen_routes(eni, *family, table, &choices, config)).collect();
@@ -287,10 +298,11 @@ fn is_isolated(attached: &Attached, mac: MacAddr) -> bool {
     attached.choices.get(&mac).is_some_and(Choices::is_isolated)
 }
 
-fn source_rules(attached: &Attached, mac: MacAddr, eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Rule>> {
+fn source_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) -> Vec<Wanted<Rule>> {
+    let config = machine.config;
     let table = policy::table(config, eni.slot);
     let mut rules = Vec::new();
-    for source in sources_of_rules(attached, mac, eni, family, config) {
+    for source in sources_of_rules(machine, mac, eni, family) {
         let priority = if source.is_subnet { table + config.subnet_rule_offset } else { table };
         let reason = format!("traffic from {} leaves by {}", show_source(&source.prefix), eni.id);
         rules.push(wanted(policy::source_rule(config, source.prefix, family, priority, table), reason));
@@ -314,15 +326,9 @@ struct SourceOfRule {
 }
 
 /// The prefixes that stand for an ENI's addresses in rules.
-fn sources_of_rules(
-    attached: &Attached,
-    mac: MacAddr,
-    eni: &Eni,
-    family: Family,
-    config: &Config,
-) -> Vec<SourceOfRule> {
+fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) -> Vec<SourceOfRule> {
+    let Machine { attached, config, sources: everybody } = machine;
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
-    let others = other_sources(attached, mac, family);
     let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
     let subnets = eni.subnets(family);
@@ -339,52 +345,77 @@ fn sources_of_rules(
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
-        let prefixes = match &others {
-            // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any,
-            // come before a rule for the whole subnet; a rule for the whole subnet that it has comes after exact ones.
-            Others::NotAllKnown { known, subnets }
-                if known.iter().chain(subnets).any(|other| overlap(other, &subnet)) =>
-            {
-                exact(&inside)
-            }
-            Others::NotAllKnown { known, .. } | Others::Known(known) => cover(&inside, known, subnet),
+        let others = everybody.of_others_in(&subnet, mac);
+        // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any, come
+        // before a rule for the whole subnet; a rule for the whole subnet that it has comes after exact ones.
+        let prefixes = match everybody.may_have_more_in(&subnet, mac, &others) {
+            true => exact(&inside),
+            false => cover(&inside, &others, subnet),
         };
         sources.extend(prefixes.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: prefix == subnet }));
     }
     sources
 }
 
-enum Others {
-    Known(Vec<IpNet>),
-    /// What is known, and the subnets (as far as known) of the ENIs of which it is not.
-    NotAllKnown {
-        known: Vec<IpNet>,
-        subnets: Vec<IpNet>,
-    },
+/// What all attached ENIs send from, ready or not, as far as known.
+struct Sources {
+    /// In order.
+    known: Vec<(IpNet, MacAddr)>,
+    /// The ENIs of which it is not known, and what is known of their subnets.
+    unknown: Vec<(MacAddr, Vec<IpNet>)>,
+    /// There may be ENIs of which nothing is known.
+    is_list_whole: bool,
 }
 
-/// What the other attached ENIs send from, ready or not.
-fn other_sources(attached: &Attached, mac: MacAddr, family: Family) -> Others {
-    let ready = attached.ready.iter().filter(|(other, _)| **other != mac);
-    let mut sources: Vec<IpNet> = ready.flat_map(|(_, eni)| eni.sources(family)).collect();
-    let disputed = attached.disputes.iter().filter(|(other, _)| **other != mac).flat_map(|(_, disputes)| disputes);
-    let disputed: Vec<IpNet> = disputed.map(|dispute| dispute.source).collect();
-    sources.extend(of_family(&disputed, family));
-    let mut are_all_known = attached.malformed.is_empty();
-    let mut subnets = Vec::new();
-    let pending = attached.pending.iter().filter(|(other, _)| **other != mac);
-    let pending = pending.map(|(_, pending)| (pending.sources.clone(), pending.subnets.clone()));
-    let ignored = attached.ignored.values().map(|ignored| (ignored.sources(), ignored.subnets()));
-    for (known, of_subnets) in pending.chain(ignored) {
-        match known {
-            Some(known) => sources.extend(of_family(&known, family)),
-            None => {
-                are_all_known = false;
-                subnets.extend(of_family(&of_subnets, family));
+impl Sources {
+    fn of(attached: &Attached) -> Sources {
+        let ready = attached.ready.iter();
+        let ready = ready.flat_map(|(mac, eni)| eni.all_sources().into_iter().map(|source| (source, *mac)));
+        let disputed = attached.disputes.iter();
+        let disputed = disputed.flat_map(|(mac, disputes)| disputes.iter().map(|dispute| (dispute.source, *mac)));
+        let mut sources = Sources {
+            known: ready.chain(disputed).collect(),
+            unknown: Vec::new(),
+            is_list_whole: attached.malformed.is_empty(),
+        };
+        let pending = attached.pending.iter();
+        let pending = pending.map(|(mac, pending)| (*mac, pending.sources.clone(), pending.subnets.clone()));
+        let ignored = attached.ignored.iter();
+        let ignored = ignored.map(|(mac, ignored)| (*mac, ignored.sources(), ignored.subnets()));
+        for (mac, known, subnets) in pending.chain(ignored) {
+            match known {
+                Some(known) => sources.known.extend(known.into_iter().map(|source| (source, mac))),
+                None => sources.unknown.push((mac, subnets)),
             }
         }
+        for (source, _) in &mut sources.known {
+            *source = source.trunc();
+        }
+        sources.known.sort_unstable();
+        sources
     }
-    if are_all_known { Others::Known(sources) } else { Others::NotAllKnown { known: sources, subnets } }
+
+    /// Those of the other ENIs that overlap this subnet.
+    fn of_others_in(&self, subnet: &IpNet, mac: MacAddr) -> Vec<IpNet> {
+        let at_or_after = |address: IpAddr| self.known.partition_point(|(source, _)| source.addr() < address);
+        let inside = self.known[at_or_after(subnet.network())..].iter();
+        let inside = inside.take_while(|(source, _)| source.addr() <= subnet.broadcast());
+        // What begins before the subnet and overlaps it has it inside.
+        let around =
+            (0..subnet.prefix_len()).filter_map(|length| Some(IpNet::new(subnet.addr(), length).ok()?.trunc()));
+        let around = around.filter(|net| net.addr() < subnet.network()).flat_map(|net| {
+            let same = self.known[at_or_after(net.addr())..].iter();
+            same.take_while(move |(source, _)| source.addr() == net.addr()).filter(move |(source, _)| *source == net)
+        });
+        around.chain(inside).filter(|(_, owner)| *owner != mac).map(|(source, _)| *source).collect()
+    }
+
+    /// Whether another ENI may have addresses in this subnet beside these.
+    fn may_have_more_in(&self, subnet: &IpNet, mac: MacAddr, known: &[IpNet]) -> bool {
+        let unknown: Vec<_> = self.unknown.iter().filter(|(other, _)| *other != mac).collect();
+        let is_near = || unknown.iter().flat_map(|(_, subnets)| subnets).any(|other| overlap(other, subnet));
+        (!self.is_list_whole || !unknown.is_empty()) && (!known.is_empty() || is_near())
+    }
 }
 
 /// The subnets of all ENIs but the primary and isolated ones, as far as known. The subnet of an isolated one means others
@@ -397,4 +428,43 @@ fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
     let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
     let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));
     ready.chain(pending).chain(ignored).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_in_a_subnet_is_all_that_overlaps_it() {
+        let nets = [
+            "10.0.0.255/32",
+            "10.0.1.0/24",
+            "10.0.1.0/28",
+            "10.0.1.255/32",
+            "10.0.2.0/32",
+            "10.0.0.0/16",
+            "10.0.0.0/23",
+            "10.0.1.128/25",
+            "0.0.0.0/0",
+            "::/0",
+            "2001:db8::/32",
+            "2001:db8:0:1::7/128",
+            "2001:db8:0:2::/80",
+        ];
+        let nets: Vec<IpNet> = nets.iter().map(|net| net.parse().unwrap()).collect();
+        let mac = |n: u8| MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap();
+        let mut known: Vec<(IpNet, MacAddr)> =
+            nets.iter().enumerate().map(|(n, net)| (*net, mac(n as u8 % 3))).collect();
+        known.sort();
+        let sources = Sources { known: known.clone(), unknown: Vec::new(), is_list_whole: true };
+        for subnet in &nets {
+            for own in [0, 1, 2].map(mac) {
+                let is_meant = |(net, owner): &&(IpNet, MacAddr)| *owner != own && overlap(net, subnet);
+                let expected: Vec<IpNet> = known.iter().filter(is_meant).map(|(net, _)| *net).collect();
+                let mut found = sources.of_others_in(subnet, own);
+                found.sort();
+                assert_eq!(found, expected, "in {subnet}");
+            }
+        }
+    }
 }

@@ -77,6 +77,33 @@ pub fn one_run_converges(tree: &Tree, attached: &Attached, before: &Observed, co
     assert_eq!(again.troubles, plan.troubles);
 }
 
+/// An automatic run that sees something for the first time takes no address away from a link that is here, but one that
+/// metadata tells of elsewhere. `told` is what metadata says, `believed` what proof made of it.
+pub fn first_sight_takes_no_address(
+    tree: &Tree,
+    told: &Attached,
+    believed: &Attached,
+    before: &Observed,
+    config: &Config,
+) {
+    let (_, _, plan) = planned(tree, believed, before, config);
+    let told: Vec<IpNet> = sources(told).into_iter().map(|(_, source)| source).collect();
+    for step in &plan.steps {
+        let Operation::DeleteAddress { link, address } = &step.operation else { continue };
+        let link = &before.links[&link.index];
+        let is_twice =
+            before.links.values().filter(|other| policy::can_be_eni(other) && other.mac == link.mac).count() > 1;
+        let stays = plan.steps.iter().any(|other| match &other.operation {
+            Operation::AddAddress { link: on, address: same } => {
+                on.index == link.index && same.net.addr() == address.net.addr()
+            }
+            _ => false,
+        });
+        let is_told = told.iter().any(|source| source.contains(&address.net.addr()));
+        assert!(is_told || stays || is_twice || !policy::can_be_eni(link), "{step}, at first sight of {link:?}");
+    }
+}
+
 fn planned(tree: &Tree, attached: &Attached, observed: &Observed, config: &Config) -> (Attached, Desired, Plan) {
     let selected = select(attached, tree, observed, &Files::default(), config);
     let desired = desired(&selected, config);
