@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -211,6 +212,21 @@ pub fn load(directory: &Path) -> Ledger {
         tracing::warn!("{error:#}; going on without it");
         empty()
     })
+}
+
+/// Which writing of the ledger is there: another one as soon as any run has written it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Writing {
+    /// Each is a file of its own.
+    inode: u64,
+    nanoseconds: i64,
+    seconds: i64,
+}
+
+/// None where there is no ledger to be seen.
+pub fn writing(directory: &Path) -> Option<Writing> {
+    let file = fs::metadata(path(directory)).ok()?;
+    Some(Writing { inode: file.ino(), nanoseconds: file.mtime_nsec(), seconds: file.mtime() })
 }
 
 /// Puts an empty ledger in the place of one that cannot be read, so that the log tells of it once.

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::Config;
 use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
+use crate::ledger::{self, Writing};
 use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
@@ -39,6 +40,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// How long something that is to be repaired waits for metadata's answer. It is repaired within 100 ms, the quiet before and the
 /// run itself included.
 const GRACE: Duration = Duration::from_millis(60);
+
+/// The same when another run has been at work since: what it has done may follow from something newer.
+const GRACE_OF_OTHERS: Duration = Duration::from_secs(5);
 
 /// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
 /// set without a word.
@@ -92,6 +96,8 @@ struct State<'a> {
     /// When asking began, in time on a CPU.
     cpu_before: Duration,
     reading: Option<Reading>,
+    /// What the ledger was when all was settled last.
+    writing: Option<Writing>,
     /// Until when a glance tells whether metadata says something else than in the reading.
     whole_until: Option<Instant>,
     /// Nothing was wrong, and nothing that metadata lacks waited for proof: that takes whole readings.
@@ -132,6 +138,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
+        writing: None,
         whole_until: None,
         is_plain: false,
         is_settled: false,
@@ -244,7 +251,9 @@ impl State<'_> {
         let Some(reading) = &self.reading else { return Ok(()) };
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
             Ok(true) if self.failures == 0 => {
-                self.settle_by.get_or_insert(Instant::now() + GRACE);
+                let is_alone = ledger::writing(&self.options.directory) == self.writing;
+                let grace = if is_alone { GRACE } else { GRACE_OF_OTHERS };
+                self.settle_by.get_or_insert(Instant::now() + grace);
                 self.ask().await?;
             }
             Ok(true) => self.settle().await,
@@ -353,6 +362,7 @@ impl State<'_> {
                 self.say(vec![format!("{error:#}").into()]);
             }
         }
+        self.writing = ledger::writing(&self.options.directory);
     }
 
     fn note_metrics(&mut self, begun: Instant, report: Option<&Report>) {

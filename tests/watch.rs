@@ -197,6 +197,34 @@ fn what_others_undo_is_repaired_when_the_kernel_tells() {
     });
 }
 
+/// Metadata is slower than the patience with it, and was asked last before an address has moved.
+#[test]
+fn what_another_run_has_done_by_newer_metadata_is_not_undone() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let (second, subnet) = (web.second.clone(), web.subnets[1].clone());
+        let eni = CreateEni { subnet, ipv4s: vec![Ipv4Addr::new(10, 0, 1, 30)], ..CreateEni::default() };
+        let third = web.lab.create_network_interface(eni)?;
+        web.lab.attach_network_interface(&third, "web", 0, 2)?;
+        let wanderer = ["10.0.1.40/32".parse()?];
+        web.lab.assign(&second, &wanderer, false)?;
+        let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("all is configured", || Ok(web.answers("10.0.1.30")? && web.answers("10.0.1.40")?))?;
+
+        web.lab.service("web")?.set_latency(Duration::from_millis(100));
+        web.lab.assign(&third, &wanderer, true)?;
+        let run = web.lab.eniup("web", &["reconcile"])?;
+        ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let moved = Instant::now();
+        while moved.elapsed() < Duration::from_millis(1500) {
+            let shown = web.ip("-o addr show to 10.0.1.40")?;
+            let is_there = shown.lines().count() == 1 && shown.contains("ens7");
+            ensure!(is_there, "{:?} after it has moved:\n{shown}", moved.elapsed());
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn who_undoes_a_change_again_and_again_is_named_and_given_way_to() {
     vpc_lab::inside(|| {
