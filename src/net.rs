@@ -183,9 +183,20 @@ pub struct Address {
 pub enum RouteKind {
     Unicast,
     Unreachable,
-    /// Any other type, by its number in `rtnetlink(7)`; never one of ours.
+    /// Any other type, by its number in `rtnetlink(7)`; never one of ours. One that is unicast is not as simple as those above:
+    /// it is for certain sources, or one of several ways.
     Other(u8),
 }
+
+impl RouteKind {
+    /// Whether packets go on by it, simple or not.
+    pub fn is_unicast(self) -> bool {
+        matches!(self, RouteKind::Unicast | RouteKind::Other(RTN_UNICAST))
+    }
+}
+
+/// Of `linux/rtnetlink.h`.
+const RTN_UNICAST: u8 = 1;
 
 /// A route of one table. The link it leaves by stands beside it, since the desired side does not know links.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, 
 use crate::operation::{LinkChange, LinkRef, Operation};
 use crate::place::{Trouble, TroubleKind, find_link, place};
 use crate::policy;
-use crate::precedence::{Circumstances, OfEni, before_guard, limits, past_others};
+use crate::precedence::{Circumstances, OfEni, before_guard, before_main, limits, past_others};
 
 /// What is to be done, in order, and what stands in the way.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -79,7 +79,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     for link in pending.filter(|_| !desired.rules.is_empty()) {
         plan.want_group(None, link, "a pending ENI", config);
     }
-    for (eni, rule) in plan.because_of_others(desired, observed, &placed, &keep, config) {
+    for (eni, rule) in plan.because_of_others(desired, observed, primary, &placed, &keep, config) {
         keep.rules.insert(rule.object.clone());
         plan.want_rule(eni, &rule, observed);
     }
@@ -214,6 +214,7 @@ impl Plan {
         &mut self,
         desired: &Desired,
         observed: &Observed,
+        primary: MacAddr,
         placed: &BTreeMap<MacAddr, (&'b DesiredEni, &'b Link)>,
         keep: &Keep,
         config: &Config,
@@ -222,10 +223,11 @@ impl Plan {
             return Vec::new();
         }
         let Keep { routes, rules, .. } = keep;
-        let circumstances = Circumstances { desired, observed, placed, routes, rules, config };
+        let circumstances = Circumstances { desired, observed, placed, primary, routes, rules, config };
         self.notes.extend(limits(&circumstances));
         let mut rules = before_guard(&circumstances);
         rules.extend(past_others(&circumstances, &rules));
+        rules.extend(before_main(&circumstances));
         rules
     }
 

@@ -9,7 +9,7 @@ use ipnet::{IpNet, Ipv6Net};
 
 use crate::config::Config;
 use crate::eni::Slot;
-use crate::net::{Address, Family, Link, Observed, Route, RouteKind, Rule};
+use crate::net::{Address, Family, HasFamily, Link, Observed, Route, RouteKind, Rule};
 
 /// Protocol number of our addresses (`IFA_PROTO`), routes (`RTA_PROTOCOL`) and rules (`FRA_PROTOCOL`).
 /// Unused in iproute2's `rt_protos`; 99, the first that comes to mind, is taken.
@@ -229,6 +229,13 @@ pub fn guard_rule(config: &Config, family: Family) -> Rule {
 /// told by how many times `subnet_rule_offset` they are after the ENI's exact ones: 0 to 2.
 pub fn priority_before_guard(config: &Config, route: &IpNet, rank: u32) -> u32 {
     config.guard_priority.saturating_sub(3 * (u32::from(route.prefix_len()) + 1) - rank)
+}
+
+/// Before `main`: what it has for certain destinations, and this table's default instead of its own.
+pub fn rules_before_main(config: &Config, source: IpNet, table: u32, [specific, default]: [u32; 2]) -> [Rule; 2] {
+    let family = source.family();
+    let main = source_rule(config, source, family, specific, MAIN_TABLE);
+    [Rule { suppress_prefix_length: Some(0), ..main }, source_rule(config, source, family, default, table)]
 }
 
 /// What others have for specific destinations, for traffic that went past their rules: after the guard rule and before all

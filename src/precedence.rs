@@ -19,6 +19,7 @@ pub struct Circumstances<'a, 'b> {
     pub observed: &'a Observed,
     /// The ENIs that have their links here.
     pub placed: &'a BTreeMap<MacAddr, (&'b DesiredEni, &'b Link)>,
+    pub primary: MacAddr,
     /// By link index, as in `Observed`.
     pub routes: &'a BTreeSet<(Option<u32>, Route)>,
     pub rules: &'a BTreeSet<Rule>,
@@ -33,7 +34,7 @@ pub type OfEni<'a> = (Option<&'a DesiredEni>, Wanted<Rule>);
 /// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
 /// for itself before those.
 pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
-    let Circumstances { desired, observed, placed, routes, rules: wanted, config } = circumstances;
+    let Circumstances { desired, observed, placed, routes, rules: wanted, config, .. } = circumstances;
     let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
     let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
     let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
@@ -132,6 +133,67 @@ pub fn past_others<'b>(circumstances: &Circumstances<'_, 'b>, before_guard: &[Of
     rules
 }
 
+/// What the primary ENI's addresses send follows `main`. Where the default there is another ENI's (who asks DHCP on every ENI
+/// gets one with the same metric from each, and the kernel takes which came first), they get the primary's own instead, right
+/// before `main` would be looked up: its specific routes and the rules of others still go before.
+pub fn before_main<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
+    let Circumstances { placed, primary, config, .. } = circumstances;
+    let Some((eni, _)) = placed.get(primary) else { return Vec::new() };
+    let mut rules = Vec::new();
+    for family in Family::BOTH.into_iter().filter(|family| is_default_of_others(circumstances, *family)) {
+        let sources = primary_sources(circumstances, family);
+        let Some(priorities) = free_before_main(circumstances, family, &sources) else { continue };
+        for source in sources {
+            let [specific, default] = policy::rules_before_main(config, source, eni.table, priorities);
+            let reason = format!("what main has for certain destinations holds for {}", eni.id);
+            rules.push((None, Wanted { object: specific, reason }));
+            let reason = format!("main's default is another ENI's, and {} has its own", eni.id);
+            rules.push((Some(*eni), Wanted { object: default, reason }));
+        }
+    }
+    rules
+}
+
+/// The prefixes that stand for the primary's addresses in its narrow rules.
+fn primary_sources(circumstances: &Circumstances, family: Family) -> BTreeSet<IpNet> {
+    let rules = circumstances.placed.get(&circumstances.primary).map(|(eni, _)| eni.rules.iter());
+    let rules = rules.into_iter().flatten().map(|rule| &rule.object);
+    rules.filter(|rule| rule.family == family).filter_map(|rule| rule.from).collect()
+}
+
+/// The last two priorities before `main`'s rule that nobody has, and behind which somebody's rules are for other sources only.
+fn free_before_main(circumstances: &Circumstances, family: Family, sources: &BTreeSet<IpNet>) -> Option<[u32; 2]> {
+    let Circumstances { observed, rules, config, .. } = circumstances;
+    let others = observed.rules.iter().filter(|rule| rule.family == family && !policy::owns_rule(config, rule));
+    let is_for_others = |rule: &Rule| {
+        let is_elsewhere = |from: IpNet| !sources.iter().any(|source| overlap(source, &from));
+        !rule.is_inverted && rule.from.is_some_and(is_elsewhere)
+    };
+    let last_of_ours = rules.iter().filter(|rule| rule.family == family).map(|rule| rule.priority).max()?;
+    let decisive = others.clone().filter(|rule| rule.priority < policy::MAIN_PRIORITY && !is_for_others(rule));
+    let first = decisive.map(|rule| rule.priority).chain([last_of_ours]).max()? + 1;
+    let taken: BTreeSet<u32> = others.map(|rule| rule.priority).collect();
+    let mut free = (first..policy::MAIN_PRIORITY).rev().filter(|priority| !taken.contains(priority));
+    let (default, specific) = (free.next()?, free.next()?);
+    Some([specific, default])
+}
+
+/// Whether the best default in `main`, there or to come, leaves by an ENI that is not the primary, or may.
+fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
+    let Circumstances { desired, observed, primary, routes, config, .. } = circumstances;
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
+    let others = macs.filter(|mac| *mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten());
+    let others: BTreeSet<u32> = others.map(|link| link.index).collect();
+    let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
+    let is_default = |(_, route): &&(Option<u32>, Route)| {
+        (route.table, route.destination) == (policy::MAIN_TABLE, family.everything()) && route.kind.is_unicast()
+    };
+    let defaults: Vec<_> = foreign.chain(routes.iter()).filter(is_default).collect();
+    let best = defaults.iter().map(|(_, route)| route.metric).min();
+    let mut best = defaults.iter().filter(|(_, route)| Some(route.metric) == best);
+    best.any(|(link, _)| link.is_some_and(|link| others.contains(&link)))
+}
+
 /// What others have that is not to be got round, in words.
 pub fn limits(circumstances: &Circumstances) -> Vec<String> {
     let Circumstances { observed, rules, config, .. } = circumstances;
@@ -161,7 +223,18 @@ pub fn limits(circumstances: &Circumstances) -> Vec<String> {
         });
         unpassed.into_iter().chain(unheeded).collect::<Vec<String>>()
     });
-    between.chain(before).collect()
+    let is_stuck = |family: &Family| {
+        let sources = primary_sources(circumstances, *family);
+        let is_needed = !sources.is_empty() && is_default_of_others(circumstances, *family);
+        is_needed && free_before_main(circumstances, *family, &sources).is_none()
+    };
+    let stuck = Family::BOTH.into_iter().filter(is_stuck).map(|family| {
+        format!(
+            "main's default for {family} is another ENI's, and what the primary's addresses send follows it: somebody's rule \
+             right before main leaves no priority free for a better one"
+        )
+    });
+    between.chain(before).chain(stuck).collect()
 }
 
 /// Rules of others with no room between them, at least one of which may take everything.

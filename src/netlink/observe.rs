@@ -37,7 +37,7 @@ impl Netlink {
             let routes = self.dump(RouteNetlinkMessage::GetRoute(request)).await;
             for message in routes.with_context(|| format!("dumping {family} routes"))? {
                 if let RouteNetlinkMessage::NewRoute(message) = message {
-                    observed.routes.extend(route(&message));
+                    observed.routes.extend(ways(&message));
                 }
             }
             let mut request = RuleMessage::default();
@@ -154,6 +154,20 @@ fn address(message: &AddressMessage) -> Option<(u32, Address)> {
 /// those of all families that it has.
 fn family(kernel_family: AddressFamily) -> Option<Family> {
     FAMILIES.iter().find(|(_, known)| *known == kernel_family).map(|(family, _)| *family)
+}
+
+/// One of several ways is a route of its own, by its link.
+fn ways(message: &RouteMessage) -> Vec<(Option<u32>, Route)> {
+    let ways = message.attributes.iter().filter_map(|attribute| match attribute {
+        RouteAttribute::MultiPath(ways) => Some(ways.iter().map(|way| Some(way.interface_index)).collect()),
+        _ => None,
+    });
+    let ways: Vec<Vec<Option<u32>>> = ways.collect();
+    match (route(message), ways.concat()) {
+        (None, _) => Vec::new(),
+        (Some(simple), ways) if ways.is_empty() => vec![simple],
+        (Some((_, route)), ways) => ways.into_iter().map(|link| (link, route)).collect(),
+    }
 }
 
 fn route(message: &RouteMessage) -> Option<(Option<u32>, Route)> {

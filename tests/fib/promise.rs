@@ -95,10 +95,11 @@ fn neighbours_stay_neighbours(attached: &Attached, observed: &Observed) -> Resul
     Ok(())
 }
 
-/// Everything that uses no address of a secondary ENI goes as it went, but for two things that are meant:
+/// Everything that uses no address of a secondary ENI goes as it went, but for three things that are meant:
 /// - what looks for a default of a family that the primary has not, and that `main` had none for, finds the one by the
 ///   first secondary ENI that has it;
-/// - the primary's addresses reach other ENIs' subnets by the primary.
+/// - the primary's addresses reach other ENIs' subnets by the primary;
+/// - what the primary's addresses sent by `main`'s default and another ENI's link leaves by the primary.
 fn changes_nothing_else(
     attached: &Attached,
     before: &Observed,
@@ -114,12 +115,28 @@ fn changes_nothing_else(
                 continue;
             }
             let (was, is) = (lookup(before, &packet), lookup(after, &packet));
+            if is_primarys && is_by_anothers_default(attached, before, &was) {
+                let own = link_of(after, attached.primary);
+                ensure!(matches!(is.way, Way::Out { link, .. } if link == own), "{packet:?}: was {was:#?}, is {is:#?}");
+                continue;
+            }
             let is_ours = |route: &Route| route.table == policy::MAIN_TABLE && policy::owns_route(config, route);
             let is_given_a_default = primary.addresses(family).is_empty() && is.route.is_some_and(is_ours);
             ensure!(was.way == is.way || is_given_a_default, "{packet:?}: was {was:#?}, is {is:#?}");
         }
     }
     Ok(())
+}
+
+/// Whether the packet leaves by a default route in `main` and the link of a secondary ENI, or may.
+fn is_by_anothers_default(attached: &Attached, observed: &Observed, answer: &Answer) -> bool {
+    let secondaries = attached.ready.keys().filter(|mac| **mac != attached.primary);
+    let links: Vec<u32> = secondaries.map(|mac| link_of(observed, *mac)).collect();
+    let is_default = |route: &Route| route.table == policy::MAIN_TABLE && route.destination.prefix_len() == 0;
+    match answer.way {
+        Way::Out { link, .. } => links.contains(&link) && answer.route.is_some_and(is_default),
+        _ => false,
+    }
 }
 
 /// Packets to a destination that use no address of a secondary ENI; whether their source is the primary's.

@@ -73,7 +73,9 @@ fn changes(machine: &Machine, scenario: &Scenario) -> Vec<String> {
     }
     for (mac, nets) in main {
         commands.push(format!("link set {} up", links[mac]));
-        commands.extend(nets.iter().map(|net| format!("route add {net} dev {} proto kernel metric 100", links[mac])));
+        // Before those of the same metric, as the manager's that came first.
+        commands
+            .extend(nets.iter().map(|net| format!("route prepend {net} dev {} proto kernel metric 100", links[mac])));
     }
     if !bridge.is_empty() {
         // A pair for the bridge, whose timers would differ from run to run.

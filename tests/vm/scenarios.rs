@@ -193,6 +193,8 @@ fn attached(ground: &mut Ground, device: u32) -> Result<Attached> {
 
 /// Installing changes nothing, and neither do an upgrade and a removal; what is enabled works.
 fn package(ground: &mut Ground, _: &[Attached]) -> Result<()> {
+    // A router is heard of at its own time.
+    ground.run("timeout 20 sh -c 'until ip -6 route show default dev ens5 | grep -q .; do sleep 0.1; done'")?;
     let before = network(ground)?;
     ground.step("install", Loss::Nothing, &[primary()], |ground| ground.install().map(|()| String::new()))?;
     ensure_same(ground, &before, "installing")?;
