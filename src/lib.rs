@@ -21,6 +21,7 @@ pub mod eni;
 pub mod explain;
 pub mod fib;
 pub mod fights;
+pub mod history;
 pub mod imds;
 pub mod journal;
 pub mod layout;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::File;
+use crate::history::Line;
 use crate::ledger::Ledger;
 use crate::markers::Files;
 use crate::metadata::{Fault, SavedTree, Tree, lines};
@@ -49,6 +50,9 @@ pub struct Snapshot {
     pub trial: Option<Notice>,
     /// What others left.
     pub files: Files,
+    /// What runs have told of late.
+    #[serde(default)]
+    pub history: Vec<Line>,
 }
 
 /// A file, with its text or with why it could not be read.
@@ -78,6 +82,7 @@ pub struct Taken {
     pub ledger: Ledger,
     pub trial: Option<Notice>,
     pub files: Files,
+    pub history: Vec<Line>,
 }
 
 /// The machine had no metadata when the snapshot was taken.
@@ -94,8 +99,19 @@ impl std::error::Error for NoMetadata {}
 
 impl Snapshot {
     pub fn new(taken: Taken) -> Snapshot {
-        let Taken { kernel, taken_at, uptime, tree, imds_endpoint, observed, configuration, ledger, trial, files } =
-            taken;
+        let Taken {
+            kernel,
+            taken_at,
+            uptime,
+            tree,
+            imds_endpoint,
+            observed,
+            configuration,
+            ledger,
+            trial,
+            files,
+            history,
+        } = taken;
         let (metadata, failure) = match tree {
             Ok(tree) => (tree.save(), None),
             Err(failure) => (SavedTree::default(), Some(failure)),
@@ -116,6 +132,7 @@ impl Snapshot {
             ledger,
             trial,
             files,
+            history,
         }
     }
 

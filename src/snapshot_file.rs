@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use tokio::time::Instant;
 
 use crate::config::{Config, File};
+use crate::history;
 use crate::imds::{self, Imds, Scope, Surroundings};
 use crate::ledger;
 use crate::machine_files;
@@ -49,6 +50,7 @@ pub async fn take(
         configuration: configuration.to_vec(),
         ledger: ledger::load(directory),
         files: machine_files::read(Path::new("/")),
+        history: history::read(directory),
     });
     Ok((snapshot, tree.err()))
 }

@@ -99,14 +99,67 @@ fn in_bash(machine: &Machine, line: &str) -> Result<Vec<String>> {
         COMP_LINE=$1 COMP_POINT=${#1} COMPREPLY=()
         _eniup
         [[ ${#COMPREPLY[@]} -eq 0 ]] || printf '%s\n' "${COMPREPLY[@]}""#;
+    in_a_shell(machine, "bash", &["--norc", "--noprofile", "-c", TYPE, "bash", line])
+}
+
+/// The lines that a shell prints which has the binary on its PATH.
+fn in_a_shell(machine: &Machine, shell: &str, arguments: &[&str]) -> Result<Vec<String>> {
     let binary = std::path::Path::new(env!("CARGO_BIN_EXE_eniup")).parent().context("no folder")?;
-    let mut command = support::machine::command("bash");
+    let mut command = support::machine::command(shell);
     let path =
         std::env::join_paths(std::iter::once(binary.into()).chain(std::env::split_paths(support::tools::path())))?;
     command.env("PATH", path).env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &machine.endpoint);
-    let run = run(command.args(["--norc", "--noprofile", "-c", TYPE, "bash", line]))?;
-    ensure!(run.exit == 0 && run.stderr.is_empty(), "`{line}`: exit {}: {}", run.exit, run.stderr);
+    let run = run(command.args(arguments))?;
+    ensure!(run.exit == 0 && run.stderr.is_empty(), "{arguments:?}: exit {}: {}", run.exit, run.stderr);
     Ok(run.stdout.lines().map(String::from).collect())
+}
+
+#[test]
+#[ignore = "needs zsh: tests/judges/run"]
+fn zsh_inserts_what_is_meant() {
+    const TYPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/judges/complete.zsh");
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            for (line, expected) in [
+                ("eniup wai", "eniup wait "),
+                ("eniup completions f", "eniup completions fish "),
+                ("eniup -v wait --eni eni-02", "eniup -v wait --eni eni-02 "),
+                ("eniup explain --oif eth02", "eniup explain --oif eth02 "),
+                // As far as it is clear.
+                ("eniup explain --from 10.0.1", "eniup explain --from 10.0.1.2"),
+                ("eniup plan --timeout x", "eniup plan --timeout x"),
+            ] {
+                let typed = in_a_shell(machine, "zsh", &["-f", TYPE, line])?;
+                ensure!(typed == [expected], "`{line}`: {typed:?} instead of `{expected}`");
+            }
+            Ok(())
+        })
+    });
+}
+
+#[test]
+#[ignore = "needs fish: tests/judges/run"]
+fn fish_offers_what_is_meant() {
+    const TYPE: &str = "eniup completions fish | source; complete -C $argv[1]";
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            for (line, expected) in [
+                ("eniup wai", &["wait"][..]),
+                ("eniup -v wait --eni eni-02", &["eni-02"]),
+                ("eniup explain --oif eth02", &["eth02"]),
+                ("eniup explain --from 10.0.1.2", &["10.0.1.20", "10.0.1.21"]),
+                ("eniup plan --timeout x", &[]),
+            ] {
+                let offered = in_a_shell(machine, "fish", &["--no-config", "-c", TYPE, line])?;
+                // What is said of each stands behind a tab.
+                let offered: Vec<&str> = offered.iter().filter_map(|offer| offer.split('\t').next()).collect();
+                ensure!(offered == expected, "`{line}`: {offered:?} instead of {expected:?}");
+            }
+            Ok(())
+        })
+    });
 }
 
 #[test]

@@ -392,3 +392,41 @@ fn a_half_propagated_eni_is_half_propagated_in_its_snapshot() {
         })
     });
 }
+
+#[test]
+fn what_runs_have_told_is_in_it_and_what_is_no_line_is_not() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let history = |arguments: &str| -> Result<Vec<Value>> {
+                let run = machine.eniup(&format!("snapshot {arguments}"))?;
+                ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+                let snapshot: Value = serde_json::from_str(&run.stdout)?;
+                Ok(snapshot["history"].as_array().context("no history")?.clone())
+            };
+            ensure!(history("")?.is_empty() && machine.eniup("plan")?.exit == 0);
+            ensure!(!machine.directory.join("history").exists(), "a command that changes nothing has written");
+            machine.eniup("reconcile -vv")?;
+            let told = history("")?;
+            let is_change =
+                |line: &Value| line["action"] == "add-address" && line["eni"] == "eni-02" && line["level"] == "info";
+            ensure!(told.iter().any(is_change), "{told:#?}");
+            ensure!(!told.iter().any(|line| line["level"] == "debug" || line["level"] == "trace"), "{told:#?}");
+            machine.reconcile(0)?;
+            ensure!(history("")? == told, "a run that had nothing to do has told something");
+            // An error is the last word of a run.
+            ensure!(machine.eniup("reconcile --imds-endpoint http://127.0.0.1:1 --timeout 100ms")?.exit == 69);
+            let last = history("")?.pop().context("no line")?;
+            ensure!(last["level"] == "error" && last["message"].to_string().contains("no answer"), "{last:#}");
+            let path = machine.directory.join("history");
+            let mut text = fs::read_to_string(&path)?;
+            text += "{\"time\": \"t\", \"level\": \"info\", \"message\": \"54.1.2.3 of 123456789012\"}\n{\"torn";
+            fs::write(&path, text)?;
+            let redacted = history("--redact")?.pop().context("no line")?;
+            ensure!(redacted["message"].to_string().contains(" of 000000000001"), "{redacted:#}");
+            ensure!(!redacted["message"].to_string().contains("54.1.2.3"), "{redacted:#}");
+            fs::write(&path, [0xff, 0, b'{'])?;
+            ensure!(history("")?.is_empty());
+            Ok(())
+        })
+    });
+}

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 48] = [
+const FLOW: [&str; 49] = [
     "net",
     "config",
     "eni",
@@ -28,6 +28,7 @@ const FLOW: [&str; 48] = [
     "readiness",
     "tally",
     "whole_file",
+    "history",
     "ledger",
     "release",
     "rollback",

@@ -209,8 +209,8 @@ pub(super) enum Command {
         #[command(flatten)]
         timeout: Timeout,
     },
-    /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration. For bug reports,
-    /// and for the commands with --snapshot. Needs no privilege; no secret is in it.
+    /// Write down all that eniup looks at, as one JSON file: metadata, what the kernel has, the configuration, and what the last
+    /// runs have told. For bug reports, and for the commands with --snapshot. Needs no privilege; no secret is in it.
     #[command(after_help = help::SNAPSHOT)]
     Snapshot {
         /// The file; without it stdout.

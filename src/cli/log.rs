@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::SystemTime;
 
@@ -12,7 +13,9 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
 use super::arguments::{Cli, Command, LogFormat};
+use crate::history;
 use crate::journal::{self, Journal};
+use crate::lock;
 use crate::stderr::Unhindered;
 
 /// What an event may tell beside its message, and the journal's name for it.
@@ -22,6 +25,8 @@ const FIELDS: [(&str, &str); 5] =
 struct Log {
     level: LevelFilter,
     form: Form,
+    /// Where the lines of commands that change something are kept, too.
+    history: Option<PathBuf>,
     stderr: Mutex<Box<dyn Write + Send>>,
 }
 
@@ -52,8 +57,19 @@ pub(super) fn start(cli: &Cli) {
         LogFormat::Plain => plain,
         LogFormat::Auto | LogFormat::Journal => Journal::open().map_or(plain, Form::Journal),
     };
+    let history = changes_something(&cli.command).then(lock::runtime_directory);
     // Fails where there is one already, which is as good.
-    let _ = tracing::subscriber::set_global_default(Log { level, form, stderr: Mutex::new(stderr) });
+    let _ = tracing::subscriber::set_global_default(Log { level, form, history, stderr: Mutex::new(stderr) });
+}
+
+fn changes_something(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Reconcile { dry_run: false, .. }
+            | Command::Confirm { .. }
+            | Command::Release { dry_run: false, .. }
+            | Command::Watch { .. }
+    )
 }
 
 impl Subscriber for Log {
@@ -67,6 +83,9 @@ impl Subscriber for Log {
 
     fn event(&self, event: &Event<'_>) {
         let told = Told::of(event);
+        if let Some(directory) = self.history.as_ref().filter(|_| told.level <= Level::INFO) {
+            history::add(&told.json(), directory);
+        }
         let line = match &self.form {
             Form::Plain { has_colour } => told.plain(*has_colour),
             Form::Json => told.json(),
