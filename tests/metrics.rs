@@ -133,6 +133,33 @@ fn metrics_tell_what_was_done_and_how_it_is() {
     });
 }
 
+/// The judge itself, on what three sorts of run write.
+#[test]
+#[ignore = "needs promtool: tests/judges/run"]
+fn promtool_finds_nothing_wrong() {
+    inside(|| {
+        with_two_enis(|machine| {
+            for (arguments, exit) in [("", 0), ("", 0), ("--timeout 1s", 69)] {
+                if exit == 69 {
+                    machine.service.set_disabled(true);
+                }
+                run(machine, arguments, exit)?;
+                let judge = |file: &Path| -> Result<std::process::Output> {
+                    let mut promtool = support::machine::command("promtool");
+                    Ok(promtool.args(["check", "metrics"]).stdin(fs::File::open(file)?).output()?)
+                };
+                let said = judge(&path(machine))?;
+                let words = [said.stdout.as_slice(), &said.stderr].concat();
+                ensure!(said.status.success() && words.is_empty(), "{}", String::from_utf8_lossy(&words));
+                let wrong = machine.directory.join("wrong.prom");
+                fs::write(&wrong, fs::read_to_string(path(machine))?.replace("# HELP", "# HLEP"))?;
+                ensure!(!judge(&wrong)?.status.success(), "promtool takes anything");
+            }
+            Ok(())
+        })
+    });
+}
+
 #[test]
 fn counters_go_on_also_over_a_run_that_fails_and_that_one_tells_of_no_eni() {
     inside(|| {

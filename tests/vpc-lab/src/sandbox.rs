@@ -146,7 +146,8 @@ fn run_again() -> Result<()> {
     let thread = std::thread::current();
     let name = thread.name().context("a test's thread has its name")?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args([name, "--exact", "--nocapture", "--test-threads=1"]);
+    // Outside it was not ignored.
+    command.args([name, "--exact", "--include-ignored", "--nocapture", "--test-threads=1"]);
     prepare(&mut command);
     let output = command.output().map_err(explain)?;
     let stdout = String::from_utf8_lossy(&output.stdout);
