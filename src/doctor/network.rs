@@ -8,9 +8,9 @@ use ipnet::IpNet;
 use super::others::{keep_off_default, renew};
 use super::{Facts, Finding, Findings, Placed};
 use crate::eni::{Eni, Reason};
-use crate::fib::{Packet, Way};
+use crate::fib::{Packet, Way, lookup};
 use crate::metadata::Fault;
-use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind};
+use crate::net::{Address, Family, HasFamily, MacAddr, Route, RouteKind, Rule};
 use crate::operation::{LinkChange, Operation};
 use crate::place::TroubleKind;
 use crate::policy;
@@ -137,6 +137,9 @@ struct Stray {
     way: Way,
 }
 
+/// Priorities of the rules that the kernel begins with: of `local`, `main` and `default`.
+const KERNELS: [u32; 3] = [0, policy::MAIN_PRIORITY, policy::MAIN_PRIORITY + 1];
+
 impl Facts<'_> {
     fn on_link(&self, index: u32) -> impl Iterator<Item = &Address> {
         self.observed.addresses.iter().filter(move |(on, _)| *on == index).map(|(_, address)| address)
@@ -175,7 +178,22 @@ impl Facts<'_> {
                 return Some(Finding { asks, ..Finding::skip(format!("where {from} sends to {to}: {doubt}")) });
             }
         };
-        Some(Finding::fail(evidence, self.reconcile_or(format!("eniup explain --from {from} --to {to}"))))
+        Some(Finding::fail(evidence, self.reconcile_or(self.way_to_mend(&packet(Some(*from), *to)))))
+    }
+
+    /// What takes away somebody's rule that decides about the packet; where it is none, what shows how it is decided.
+    fn way_to_mend(&self, packet: &Packet) -> String {
+        let is_removable = |rule: &&Rule| !policy::owns_rule(self.config, rule) && !KERNELS.contains(&rule.priority);
+        match lookup(&self.observed, packet).rule.filter(is_removable) {
+            Some(rule) => {
+                let rule = Operation::DeleteRule { rule: rule.clone() };
+                format!("sudo {rule}\nand take it out of the configuration that added it")
+            }
+            None => {
+                let from = packet.source.map(|from| format!("--from {from} ")).unwrap_or_default();
+                format!("eniup explain {from}--to {}", packet.destination)
+            }
+        }
     }
 }
 
