@@ -101,8 +101,7 @@ fn is_flat() -> Result<()> {
     let each = |name: &str, size: Size| {
         Ok::<_, anyhow::Error>(callgrind(name, size)? as f64 / (f64::from(size.enis) * f64::from(size.addresses)))
     };
-    // Deciding is not among them: each ENI is compared with all addresses of the others (docs/performance.md).
-    for name in ["parse", "plan everything", "plan nothing"] {
+    for name in ["parse", "desire", "plan everything", "plan nothing"] {
         let (small, large) = (each(name, SMALL)?, each(name, LARGE)?);
         println!("{name}: {small:.0} instructions an address for {SMALL}, {large:.0} for {LARGE}");
         ensure!(large <= small * GROWTH, "{name} costs more for each address, the more of them there are");
@@ -149,10 +148,16 @@ fn print_no_op() -> Result<()> {
     let counts = BTreeMap::from([
         ("netlink messages: nothing to do, 4x10".to_string(), said),
         ("netlink changes: nothing to do, 4x10".to_string(), changes),
-        ("system calls: nothing to do, 4x10".to_string(), system_calls()?),
+        ("system calls: nothing to do, 4x10".to_string(), least_system_calls()?),
     ]);
     println!("{}", serde_json::to_string(&counts)?);
     Ok(())
+}
+
+/// Of several runs: a machine with other things to do adds polls and takes none away.
+fn least_system_calls() -> Result<u64> {
+    let counts: Vec<u64> = (0..7).map(|_| system_calls()).collect::<Result<_>>()?;
+    counts.into_iter().min().context("no run")
 }
 
 fn system_calls() -> Result<u64> {
@@ -177,7 +182,7 @@ fn compare(counts: &BTreeMap<String, u64>) -> Result<()> {
     let mut is_well = true;
     for (name, count) in counts {
         let recorded = recorded[name];
-        let change = *count as f64 / recorded.max(1) as f64 - 1.0;
+        let change = (*count as f64 - recorded as f64) / recorded.max(1) as f64;
         let tolerance = if name.starts_with("system calls") { TOLERANCE_OF_CALLS } else { TOLERANCE };
         // What costs less is welcome, but is recorded, or it could creep back.
         let is_within = if recorded == 0 { *count == 0 } else { change.abs() <= tolerance };
