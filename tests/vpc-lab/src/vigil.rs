@@ -107,7 +107,10 @@ fn idle_cost(lab: &Lab, watch: &Watch, enis: usize, idle: Duration) -> Result<Ve
     lab.service("web")?.reset_counters();
     let (begun, before) = (Instant::now(), watch.cpu()?);
     // What is measured is the time that passes.
-    std::thread::sleep(idle);
+    for passed in (0..idle.as_secs().div_ceil(60)).map(|minutes| Duration::from_secs(60 * minutes)) {
+        eprintln!("{enis} ENIs, nothing happens: {} of {} min", passed.as_secs() / 60, idle.as_secs() / 60);
+        std::thread::sleep((idle - passed).min(Duration::from_secs(60)));
+    }
     let (passed, cpu) = (begun.elapsed(), watch.cpu()? - before);
     let requests = lab.service("web")?.requests().gets_by_status.values().sum::<u64>();
     let mebibytes = |label| Ok::<_, anyhow::Error>(watch.read::<f64>("status", label)? / 1024.0);
