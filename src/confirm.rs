@@ -25,8 +25,9 @@ use crate::{lock, metadata};
 /// How often it is looked whether somebody has confirmed.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How long a rollback waits for its turn. Other runs end soon: none does anything while this one is on trial.
-const PATIENCE: Duration = Duration::from_secs(3600);
+/// How long a rollback waits for its turn. Other runs end soon: none does anything while this one is on trial. One that was
+/// stopped does not, and somebody may be cut off.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A run that was made and waits for its confirmation.
 pub struct Guard {

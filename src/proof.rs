@@ -80,12 +80,24 @@ pub fn judge(
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
-            for source in own.sources.iter().filter(|source| !is_anybodys(source, attached)) {
-                let lost = Lost { mac, source: Some(*source) };
-                if !judgement.is_proven(lost, is_told, known, taken) {
-                    let eni = judgement.attached.ready.entry(mac).or_insert_with(|| eni.clone());
-                    put_back(eni, *source, &own);
-                }
+            let lost = own.sources.iter().filter(|source| !is_anybodys(source, attached));
+            let stay: Vec<IpNet> = lost
+                .copied()
+                .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
+                .collect();
+            // Its routes and rules could not be had beside those of other subnets: all stays as it is.
+            let is_of_another_subnet = |source: &IpNet| {
+                let told = eni.subnets(source.family());
+                !told.is_empty() && !told.iter().any(|subnet| subnet.contains(source))
+            };
+            if stay.iter().any(is_of_another_subnet) {
+                judgement.attached.ready.remove(&mac);
+                judgement.attached.pending.insert(mac, own.pending(link));
+                continue;
+            }
+            for source in stay {
+                let eni = judgement.attached.ready.entry(mac).or_insert_with(|| eni.clone());
+                put_back(eni, source, &own);
             }
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };

@@ -12,8 +12,14 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(5);
 
 pub struct Unhindered {
-    file: File,
+    way: Way,
     patience: Duration,
+}
+
+enum Way {
+    File(File),
+    /// It cannot be opened anew, but one write alone can be told not to wait.
+    Socket,
 }
 
 impl Unhindered {
@@ -24,15 +30,33 @@ impl Unhindered {
         let kind = fs::metadata(STDERR).ok()?.file_type();
         let mut options = File::options();
         options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        let file = (kind.is_fifo() || kind.is_char_device()).then(|| options.open(STDERR).ok()).flatten()?;
-        Some(Unhindered { file, patience: PATIENCE })
+        let way = match kind {
+            kind if kind.is_socket() => Way::Socket,
+            kind if kind.is_fifo() || kind.is_char_device() => Way::File(options.open(STDERR).ok()?),
+            _ => return None,
+        };
+        Some(Unhindered { way, patience: PATIENCE })
+    }
+}
+
+impl Way {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Way::File(file) => file.write(bytes),
+            Way::Socket => {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+                // SAFETY: reads `bytes`, which live as long as the call.
+                let sent = unsafe { libc::send(libc::STDERR_FILENO, bytes.as_ptr().cast(), bytes.len(), flags) };
+                usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+            }
+        }
     }
 }
 
 impl Write for Unhindered {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match self.file.write(bytes) {
+            match self.way.write(bytes) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock && !self.patience.is_zero() => {
                     self.patience = self.patience.saturating_sub(PAUSE);
                     sleep(PAUSE);

@@ -343,32 +343,57 @@ fn a_reader_that_takes_no_more_does_not_keep_it_from_rolling_back() {
     inside(|| {
         with_two_enis(|machine| {
             let before = settled_dump()?;
-            let (reader, writer) = std::io::pipe()?;
-            fill(&writer)?;
-            let mut run = machine.command("reconcile --confirm 1").stderr(writer).stdout(Stdio::null()).spawn()?;
-            until("a trial", || Ok(machine.directory.join("trial.json").exists()))?;
-            until("the rollback", || {
-                let trial = fs::read_to_string(machine.directory.join("trial.json"))?;
-                Ok(trial.contains("rolled_back"))
-            })?;
-            assert_same(&before, "after the rollback")?;
-            drop(reader);
-            ensure!(run.wait()?.code() == Some(1));
+            for (reader, writer) in full()? {
+                let _ = fs::remove_file(machine.directory.join("trial.json"));
+                let mut run = machine.command("reconcile --confirm 1").stderr(writer).stdout(Stdio::null()).spawn()?;
+                until("the rollback", || {
+                    let trial = fs::read_to_string(machine.directory.join("trial.json"));
+                    Ok(trial.is_ok_and(|trial| trial.contains("rolled_back")))
+                })?;
+                assert_same(&before, "after the rollback")?;
+                drop(reader);
+                ensure!(run.wait()?.code() == Some(1));
+            }
             Ok(())
         })
     });
 }
 
-/// Writes to a pipe until it takes no more.
-fn fill(mut writer: &std::io::PipeWriter) -> Result<()> {
-    let set_flags = |flags: libc::c_int| {
-        // SAFETY: the descriptor is open as long as the writer is.
-        ensure!(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, flags) } == 0);
-        Ok(())
-    };
-    set_flags(libc::O_NONBLOCK)?;
-    while writer.write(&[b'.'; 4096]).is_ok() {}
-    set_flags(0)
+/// Else the next run would wait for its lock.
+#[test]
+fn a_reader_that_takes_no_more_keeps_no_run_from_its_end() {
+    inside(|| {
+        with_two_enis(|machine| {
+            for arguments in ["reconcile", "release", "reconcile -vv", "release -vv --log-format json"] {
+                for (_reader, writer) in full()? {
+                    let mut run = machine.command(arguments).stderr(writer).stdout(Stdio::null()).spawn()?;
+                    until(arguments, || Ok(run.try_wait()?.is_some()))?;
+                    ensure!(run.wait()?.code() == Some(0), "{arguments}");
+                }
+            }
+            Ok(())
+        })
+    });
+}
+
+/// A pipe and a socket that take no more, each with its reader.
+fn full() -> Result<[(OwnedFd, OwnedFd); 2]> {
+    let pipe = std::io::pipe()?;
+    let socket = std::os::unix::net::UnixStream::pair()?;
+    let ends: [(OwnedFd, OwnedFd); 2] = [(pipe.0.into(), pipe.1.into()), (socket.0.into(), socket.1.into())];
+    for (_, writer) in &ends {
+        let set_flags = |flags: libc::c_int| {
+            // SAFETY: the descriptor is open as long as the writer is.
+            ensure!(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, flags) } == 0);
+            Ok(())
+        };
+        set_flags(libc::O_NONBLOCK)?;
+        let mut file = File::from(writer.try_clone()?);
+        while file.write(&[b'.'; 4096]).is_ok() {}
+        while file.write(b".").is_ok() {}
+        set_flags(0)?;
+    }
+    Ok(ends)
 }
 
 #[test]

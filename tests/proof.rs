@@ -236,6 +236,35 @@ fn no_moment_of_an_attach_takes_away_what_another_gave() {
     });
 }
 
+/// One read of another time may name other CIDRs of an ENI and no address in those that it has.
+#[test]
+fn an_address_that_stays_for_want_of_proof_works_though_its_subnet_is_not_told() {
+    inside(|| {
+        let leaves = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+        let of_second = |key: &str| format!("network/interfaces/macs/02:00:00:00:00:02/{key}");
+        let ipv4 = [("local-ipv4s", "10.0.7.20"), ("subnet-ipv4-cidr-block", "10.0.7.0/24")];
+        let ipv6 = [("ipv6s", "2600:1f16:67f:f207::14"), ("subnet-ipv6-cidr-blocks", "2600:1f16:67f:f207:0:0:0:0/64")];
+        for lie in [ipv4, ipv6] {
+            with_two_enis(|machine| {
+                machine.reconcile(0)?;
+                let before = settled_dump()?;
+                let mut told = leaves.clone();
+                told.extend(lie.map(|(key, value)| (of_second(key), value.to_string())));
+                machine.publish(told);
+                let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+                ensure!(run.exit == 0 && run.stderr.contains("stays"), "exit {}: {}", run.exit, run.stderr);
+                let difference = difference(&before, &settled_dump()?);
+                ensure!(difference.is_empty(), "{lie:?}:\n{difference}{}", run.stderr);
+                age_notes(machine, PROOF_PAUSE)?;
+                let run = machine.eniup("reconcile --automatic --timeout 5s")?;
+                ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+                machine.assert_settled()
+            })?;
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn a_link_that_is_gone_is_proof_at_once() {
     inside(|| {

@@ -38,9 +38,8 @@ enum Form {
 
 pub(super) fn start(cli: &Cli) {
     let global = &cli.global;
-    // A run on trial has to go on when its terminal does not.
-    let is_on_trial = matches!(cli.command, Command::Reconcile { confirm: Some(_), .. });
-    let stderr: Box<dyn Write + Send> = match is_on_trial.then(Unhindered::open).flatten() {
+    // It may have cut off its own terminal, and the next run waits for its lock.
+    let stderr: Box<dyn Write + Send> = match changes_something(&cli.command).then(Unhindered::open).flatten() {
         Some(stderr) => Box::new(stderr),
         None => Box::new(std::io::stderr()),
     };

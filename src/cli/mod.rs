@@ -61,7 +61,12 @@ pub fn run() -> Exit {
     let (begun, mut report) = (Instant::now(), None);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(commands::dispatch(&cli, &mut report)),
+        Ok(runtime) => {
+            let result = runtime.block_on(commands::dispatch(&cli, &mut report));
+            // A name that is still being resolved is not waited for.
+            runtime.shutdown_background();
+            result
+        }
         Err(error) => Err(anyhow!(error).context("starting the runtime")),
     };
     let exit = result.unwrap_or_else(|error| {

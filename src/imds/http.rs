@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use reqwest::header::{CONNECTION, HeaderValue};
-use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, redirect};
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, Version, redirect};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
@@ -124,7 +124,12 @@ pub async fn get(
 ) -> Attempt<String> {
     let url = format!("{endpoint}latest/meta-data/{path}");
     let request = client.request(Method::GET, url).header("X-aws-ec2-metadata-token", token.clone());
-    send(request, pace, deadline).await
+    let is_repeated = |body: &str| token.to_str().is_ok_and(|token| body.contains(token));
+    match send(request, pace, deadline).await {
+        // It would be shown, saved and logged.
+        Attempt::Body(body) if is_repeated(&body) => Attempt::Useless("it repeats the session's token".into()),
+        attempt => attempt,
+    }
 }
 
 /// One request, one answer, all of it before the deadline.
@@ -148,8 +153,12 @@ async fn receive(request: RequestBuilder, pace: &Pace) -> Attempt<String> {
         Ok(response) => response,
         Err(error) => return failure(&error),
     };
-    let connection = response.headers().get(CONNECTION);
-    pace.note(connection.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close")));
+    let connection = response.headers().get(CONNECTION).map(|value| value.as_bytes());
+    let is_closing = match response.version() {
+        Version::HTTP_10 => !connection.is_some_and(|value| value.eq_ignore_ascii_case(b"keep-alive")),
+        _ => connection.is_some_and(|value| value.eq_ignore_ascii_case(b"close")),
+    };
+    pace.note(is_closing);
     match response.status() {
         StatusCode::OK => body(response).await,
         StatusCode::NOT_FOUND => Attempt::NotFound,

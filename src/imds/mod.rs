@@ -205,6 +205,7 @@ impl Imds {
         let pace = Pace::default();
         let started = Instant::now();
         let mut pauses = Pauses::default();
+        let mut round = 0;
         loop {
             let mut last = match way::race(&plain, &pace, deadline).await? {
                 Ok((way, token)) => return Ok(Imds::new(way, token, surroundings, pace, deadline)),
@@ -216,13 +217,14 @@ impl Imds {
             };
             if last.is_nobody_there {
                 let until = deadline.min(Instant::now() + LINKS_TIME);
-                match way::race(&way::ways_by_links(&endpoints, surroundings)?, &pace, until).await? {
+                match way::race(&way::ways_by_links(&endpoints, surroundings, round)?, &pace, until).await? {
                     Ok((way, token)) => {
                         tracing::info!("instance metadata is reached at {} ({})", way.shown(), last.shown);
                         return Ok(Imds::new(way, token, surroundings, pace, deadline));
                     }
                     Err(failures) => last.append(&failures),
                 }
+                round += 1;
             }
             if pauses.is_first() {
                 tracing::info!("waiting for instance metadata ({})", last.shown);

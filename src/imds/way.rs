@@ -19,7 +19,7 @@ use crate::policy;
 /// How long a way is ahead of the next one, which is then tried beside it (as RFC 8305 has it for addresses).
 const HEAD_START: Duration = Duration::from_millis(200);
 
-/// Links by which the service is tried: most likely the primary's, and some in case that it is not.
+/// Links by which the service is tried at a time: most likely the primary's, and some in case that it is not.
 const MOST_LINKS: usize = 4;
 
 /// What the kernel tells of this machine before metadata does; facts for guesses, nothing is concluded from them.
@@ -95,10 +95,12 @@ pub fn ways(endpoints: &[Url], link: Option<&str>) -> Result<Vec<Way>, Error> {
     Ok(endpoints.iter().map(way).collect())
 }
 
-/// The same by the first few links: every ENI's way leads to the same service.
-pub fn ways_by_links(endpoints: &[Url], surroundings: &Surroundings) -> Result<Vec<Way>, Error> {
+/// The same by a few links, in each round by the next: every ENI's way leads to the same service.
+pub fn ways_by_links(endpoints: &[Url], surroundings: &Surroundings, round: usize) -> Result<Vec<Way>, Error> {
     let mut bound = Vec::new();
-    for (_, link) in surroundings.links.iter().take(MOST_LINKS) {
+    let links = &surroundings.links;
+    let from_here = links.iter().cycle().skip(round * MOST_LINKS);
+    for (_, link) in from_here.take(MOST_LINKS.min(links.len())) {
         bound.extend(ways(endpoints, Some(link))?);
     }
     Ok(bound)
@@ -291,5 +293,23 @@ mod tests {
         for bad in ["", "169.254.169.254", "https://169.254.169.254", "http://x/?a", "http://", "ftp://x"] {
             assert!(matches!(endpoints(Some(bad), &Surroundings::default()), Err(Error::BadEndpoint { .. })), "{bad}");
         }
+    }
+
+    #[test]
+    fn every_link_has_its_turn() {
+        let links: Vec<(MacAddr, String)> =
+            (0..6u8).map(|n| (MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap(), format!("ens{n}"))).collect();
+        let endpoints = ["http://169.254.169.254/".parse().unwrap()];
+        let shown = |links: &[(MacAddr, String)], round| -> Vec<String> {
+            let surroundings = Surroundings { links: links.to_vec(), is_ipv6_only: false };
+            ways_by_links(&endpoints, &surroundings, round).unwrap().iter().map(Way::shown).collect()
+        };
+        let tried: Vec<String> = (0..3).flat_map(|round| shown(&links, round)).collect();
+        assert_eq!(tried.len(), 3 * MOST_LINKS);
+        for (_, link) in &links {
+            assert!(tried.iter().any(|way| way.contains(link.as_str())), "{link} is not in {tried:?}");
+        }
+        assert_eq!(shown(&links[..2], 1).len(), 2, "each once in a round");
+        assert_eq!(shown(&[], 1).len(), 0);
     }
 }

@@ -32,7 +32,7 @@ pub const SLOWEST: Duration = Duration::from_millis(1200);
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trouble {
     pub faults: Faults,
-    /// Keys that keep what they read before the change, of every ENI; see [`KEYS`].
+    /// Keys that keep what they read before the change, of every ENI; none is its place in the listing.
     pub held: Vec<Option<&'static str>>,
     /// Keys come one by one while the run reads them.
     pub propagation: Option<Propagation>,
