@@ -141,7 +141,10 @@ impl Ledger {
             return observed;
         }
         let recall = |(index, address): (u32, Address)| {
-            let protocol = if self.addresses.contains(&(index, address.net)) { mark } else { address.protocol };
+            // Another manager may have put its own in the place of ours, of which it differs by a connected route or an end.
+            let can_be_ours = !address.has_prefix_route && !address.is_leased;
+            let is_ours = can_be_ours && self.addresses.contains(&(index, address.net));
+            let protocol = if is_ours { mark } else { address.protocol };
             (index, Address { protocol, ..address })
         };
         observed.addresses = observed.addresses.into_iter().map(recall).collect();

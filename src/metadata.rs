@@ -70,7 +70,6 @@ pub enum Answer {
 pub enum Fault {
     SwitchedOff,
     BadEndpoint,
-    NoClient,
     /// No route leads there.
     Unreachable,
     NoAnswer,

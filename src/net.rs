@@ -174,6 +174,9 @@ pub struct Address {
     pub is_deprecated: bool,
     /// Whether the kernel made (or would make) a connected route for it: the opposite of `noprefixroute`.
     pub has_prefix_route: bool,
+    /// It ends by itself unless somebody renews it, as DHCP's do.
+    #[serde(default)]
+    pub is_leased: bool,
     /// `IFA_PROTO`; 0 when the kernel was told none, or is too old to remember it (below 5.18).
     pub protocol: u8,
 }

@@ -188,7 +188,7 @@ struct AddressCommand<'a> {
 
 impl fmt::Display for AddressCommand<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Address { net, is_deprecated, has_prefix_route, protocol } = self.address;
+        let Address { net, is_deprecated, has_prefix_route, is_leased: _, protocol } = self.address;
         write!(f, "ip addr {} {net} dev {}", self.verb, quoted(&self.link.name))?;
         if *is_deprecated {
             write!(f, " preferred_lft 0")?;

@@ -309,8 +309,10 @@ impl Plan {
         if same.iter().any(|address| !policy::owns_address(config, address) || **address == wanted.object) {
             return;
         }
-        let but_length_and_lifetime =
-            |there: &Address| Address { net: there.net, is_deprecated: there.is_deprecated, ..wanted.object };
+        let but_length_and_lifetime = |there: &Address| {
+            let Address { net, is_deprecated, is_leased, .. } = *there;
+            Address { net, is_deprecated, is_leased, ..wanted.object }
+        };
         let operation = match same.into_iter().find(|there| but_length_and_lifetime(there) == **there) {
             Some(there) => {
                 keep.addresses.insert((link.index, *there));

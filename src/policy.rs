@@ -147,7 +147,7 @@ pub fn metric(family: Family) -> u32 {
 
 /// An address as we add it: its way back is in the ENI's own table, so the kernel makes no connected route in `main`.
 pub fn address(config: &Config, net: IpNet, is_deprecated: bool) -> Address {
-    Address { net, is_deprecated, has_prefix_route: false, protocol: config.mark }
+    Address { net, is_deprecated, has_prefix_route: false, is_leased: false, protocol: config.mark }
 }
 
 /// A unicast route as we add it.

@@ -137,3 +137,34 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_the_ledger_alone_says_which_ar
         })
     });
 }
+
+/// As networkd does and as NetworkManager does, both by DHCP: the kernel's key of such an address is that of ours.
+#[test]
+fn on_a_kernel_that_forgets_the_mark_of_addresses_one_that_took_the_place_of_ours_is_not_ours() {
+    inside(|| {
+        for lifetime in ["", "noprefixroute valid_lft 3600 preferred_lft 3600"] {
+            with_two_enis(|machine| {
+                machine.kernel = Kernel::Old;
+                machine.reconcile(0)?;
+                let ours = "10.0.1.20/24 dev eth02";
+                ensure!(ip("addr show eth02")?.contains("inet 10.0.1.20/24"), "{}", ip("addr show eth02")?);
+                ip(&format!("addr del {ours}"))?;
+                ip(&format!("addr add {ours} {lifetime}"))?;
+                ip("route add default via 10.0.1.1 dev eth02 src 10.0.1.20 metric 4096 onlink")?;
+                for verb in ["reconcile", "reconcile", "release"] {
+                    let run = machine.eniup(verb)?;
+                    ensure!(run.exit == 0, "{verb}: {}", run.stderr);
+                    let addresses = ip("addr show eth02")?;
+                    ensure!(
+                        addresses.contains("inet 10.0.1.20/24"),
+                        "{verb} ({lifetime}): {}\n{addresses}",
+                        run.stderr
+                    );
+                    ensure!(ip("route show default")?.contains("eth02"), "{verb} ({lifetime}): {}", run.stderr);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}

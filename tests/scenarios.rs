@@ -97,7 +97,7 @@ fn foreign(observed: &mut Observed) {
     let config = Config::default();
     for index in observed.links.keys().copied().collect::<Vec<_>>() {
         let net = format!("10.99.{index}.1/24").parse().unwrap();
-        let address = Address { net, is_deprecated: false, has_prefix_route: true, protocol: 0 };
+        let address = Address { net, is_deprecated: false, has_prefix_route: true, is_leased: false, protocol: 0 };
         observed.addresses.insert((index, address));
         let net = format!("10.98.{index}.1/24").parse().unwrap();
         observed.addresses.insert((index, Address { net, protocol: 175, ..address }));

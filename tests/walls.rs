@@ -135,7 +135,7 @@ fn pure_rooms_do_not_touch_the_world() {
     let world = [
         "rtnetlink",
         "netlink_packet",
-        "reqwest",
+        "hyper",
         "tokio",
         "std::fs",
         "std::env",
@@ -164,7 +164,7 @@ fn netlink_stays_in_its_room_and_so_does_http() {
                 foreign.extend(["rtnetlink", "netlink_packet", "netlink_sys"]);
             }
             if room != "imds" {
-                foreign.push("reqwest");
+                foreign.push("hyper");
             }
             assert_eq!(find(code, &foreign), None, "{}", file.display());
         }

@@ -35,7 +35,6 @@ fn remedy(fault: Fault) -> &'static str {
     match fault {
         Fault::SwitchedOff => "unset AWS_EC2_METADATA_DISABLED",
         Fault::BadEndpoint => "unset AWS_EC2_METADATA_SERVICE_ENDPOINT (--imds-endpoint)",
-        Fault::NoClient => "report this, with the text above",
         // systemd-imdsd(8), systemd 261.
         Fault::Locked => "boot with systemd.imds.network=unlocked on the kernel's command line",
         Fault::Forbidden => {

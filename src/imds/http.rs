@@ -1,15 +1,18 @@
 //! One request and its answer, typed: no proxy, no redirect, nothing without bounds. The token stays in here.
 
+use std::error::Error;
 use std::io;
 use std::time::Duration;
 
-use reqwest::header::{CONNECTION, HeaderValue};
-use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, Version, redirect};
-use tokio::task::yield_now;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper::header::{HOST, HeaderValue};
+use hyper::{Method, Request, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
-use super::pace::Pace;
-use crate::metadata::Fault;
+use super::connections::{Connections, Failure, Question};
+use super::pace::{Pace, Turn};
+use crate::metadata::{Fault, INSTANCE_TAGS};
 use crate::tally::{self, Event};
 
 /// One answer is waited for this long; the service is on the same host and answers within milliseconds.
@@ -73,27 +76,11 @@ impl<T> Attempt<T> {
     }
 }
 
-/// A client whose connections leave by this link, or as the routing table says.
-pub fn client(link: Option<&str>) -> reqwest::Result<Client> {
-    let builder = Client::builder()
-        // reqwest honours http_proxy without being asked, and metadata must never go there.
-        .no_proxy()
-        .redirect(redirect::Policy::none())
-        .timeout(ANSWER_TIMEOUT)
-        .tcp_nodelay(true);
-    match link {
-        // SO_BINDTODEVICE; needs no privilege on a socket that is not bound yet (Linux 5.7).
-        Some(link) => builder.interface(link).build(),
-        None => builder.build(),
-    }
-}
-
 /// A new token.
-pub async fn token(client: &Client, endpoint: &Url, pace: &Pace, deadline: Instant) -> Attempt<HeaderValue> {
-    let request = client
-        .request(Method::PUT, format!("{endpoint}latest/api/token"))
-        .header("X-aws-ec2-metadata-token-ttl-seconds", TOKEN_LIFETIME);
-    let body = match send(request, pace, deadline).await {
+pub async fn token(connections: &Connections, pace: &Pace, deadline: Instant) -> Attempt<HeaderValue> {
+    let lifetime = HeaderValue::from_static(TOKEN_LIFETIME);
+    let header = ("X-aws-ec2-metadata-token-ttl-seconds", lifetime);
+    let body = match exchange(connections, Method::PUT, "latest/api/token", header, pace, deadline).await {
         Attempt::Body(body) => body,
         Attempt::NotFound => return Attempt::Useless("it has no /latest/api/token (404)".into()),
         Attempt::Unauthorized => return Attempt::Unauthorized,
@@ -115,52 +102,69 @@ pub async fn token(client: &Client, endpoint: &Url, pace: &Pace, deadline: Insta
 
 /// One key or listing, by its path below `/latest/meta-data/`.
 pub async fn get(
-    client: &Client,
-    endpoint: &Url,
+    connections: &Connections,
     token: &HeaderValue,
     path: &str,
     pace: &Pace,
     deadline: Instant,
 ) -> Attempt<String> {
-    let url = format!("{endpoint}latest/meta-data/{path}");
-    let request = client.request(Method::GET, url).header("X-aws-ec2-metadata-token", token.clone());
     let is_repeated = |body: &str| token.to_str().is_ok_and(|token| body.contains(token));
-    match send(request, pace, deadline).await {
+    let header = ("X-aws-ec2-metadata-token", token.clone());
+    match exchange(connections, Method::GET, &format!("latest/meta-data/{path}"), header, pace, deadline).await {
         // It would be shown, saved and logged.
         Attempt::Body(body) if is_repeated(&body) => Attempt::Useless("it repeats the session's token".into()),
+        // No value may hold it but a tag's, security groups' names included: it is the page of a proxy or portal.
+        Attempt::Body(body) if body.contains('<') && !path.starts_with(INSTANCE_TAGS) => {
+            not_metadata("the answer is a page, not metadata".into())
+        }
         attempt => attempt,
     }
 }
 
 /// One request, one answer, all of it before the deadline.
-async fn send(request: RequestBuilder, pace: &Pace, deadline: Instant) -> Attempt<String> {
-    let exchange = async {
-        let _turn = pace.turn().await;
-        // The connection of the answer that has just been read gets a moment to become idle, or another would be opened.
-        yield_now().await;
-        receive(request, pace).await
+async fn exchange(
+    connections: &Connections,
+    method: Method,
+    path: &str,
+    (name, value): (&'static str, HeaderValue),
+    pace: &Pace,
+    deadline: Instant,
+) -> Attempt<String> {
+    let endpoint = &connections.endpoint;
+    let question = Request::builder()
+        .method(method)
+        .uri(endpoint.path_to(path))
+        .header(HOST, endpoint.authority())
+        .header(name, value)
+        .body(Empty::new());
+    let question = match question {
+        Ok(question) => question,
+        Err(error) => return Attempt::Useless(format!("it cannot be asked for `{}`: {error}", path.escape_debug())),
     };
-    match timeout_at(deadline, exchange).await {
+    let paced = async {
+        let mut turn = pace.turn().await;
+        let until = deadline.min(Instant::now() + ANSWER_TIMEOUT);
+        answer(connections, question, &mut turn, until).await
+    };
+    match timeout_at(deadline, paced).await {
         Ok(attempt) => attempt,
         Err(_) => Attempt::NoWay { fault: Fault::NoAnswer, why: "the deadline passed before an answer came".into() },
     }
 }
 
-async fn receive(request: RequestBuilder, pace: &Pace) -> Attempt<String> {
-    let sent = request.send().await;
-    tally::count(Event::Request(sent.as_ref().ok().map(|response| response.status().as_u16())));
-    let response = match sent {
-        Ok(response) => response,
-        Err(error) => return failure(&error),
+async fn answer(connections: &Connections, question: Question, turn: &mut Turn<'_>, until: Instant) -> Attempt<String> {
+    let asked = timeout_at(until, connections.ask(question, turn)).await;
+    let status = asked.as_ref().ok().and_then(|asked| Some(asked.as_ref().ok()?.0.status()));
+    tally::count(Event::Request(status.map(|status| status.as_u16())));
+    let (response, connection) = match asked {
+        Ok(Ok(answered)) => answered,
+        Ok(Err(failure)) => return failed(&failure),
+        Err(_) => return Attempt::NoWay { fault: Fault::NoAnswer, why: "timed out".into() },
     };
-    let connection = response.headers().get(CONNECTION).map(|value| value.as_bytes());
-    let is_closing = match response.version() {
-        Version::HTTP_10 => !connection.is_some_and(|value| value.eq_ignore_ascii_case(b"keep-alive")),
-        _ => connection.is_some_and(|value| value.eq_ignore_ascii_case(b"close")),
-    };
-    pace.note(is_closing);
-    match response.status() {
-        StatusCode::OK => body(response).await,
+    let attempt = match response.status() {
+        StatusCode::OK => timeout_at(until, body(response.into_body()))
+            .await
+            .unwrap_or_else(|_| Attempt::Passing { fault: Fault::NoAnswer, why: "timed out".into() }),
         StatusCode::NOT_FOUND => Attempt::NotFound,
         StatusCode::UNAUTHORIZED => Attempt::Unauthorized,
         StatusCode::FORBIDDEN => Attempt::Forbidden,
@@ -169,20 +173,23 @@ async fn receive(request: RequestBuilder, pace: &Pace) -> Attempt<String> {
         }
         status if status.is_server_error() => Attempt::Passing { fault: Fault::Overloaded, why: status.to_string() },
         status => Attempt::Useless(format!("status {status}")),
-    }
+    };
+    // One whose answer was not read to its end is found to be closed when it is needed.
+    connections.keep(connection);
+    attempt
 }
 
 /// A body that can be metadata's. One that cannot is asked for again: who answered with it may be gone a moment later.
-async fn body(mut response: Response) -> Attempt<String> {
+async fn body(mut incoming: Incoming) -> Attempt<String> {
     let mut body = Vec::new();
-    loop {
-        match response.chunk().await {
-            Ok(Some(chunk)) if body.len() + chunk.len() > LONGEST_BODY => {
+    while let Some(frame) = incoming.frame().await {
+        match frame.map(|frame| frame.into_data()) {
+            Ok(Ok(data)) if body.len() + data.len() > LONGEST_BODY => {
                 return not_metadata(format!("the answer is longer than {LONGEST_BODY} bytes"));
             }
-            Ok(Some(chunk)) => body.extend_from_slice(&chunk),
-            Ok(None) => break,
-            Err(error) => return Attempt::Passing { fault: Fault::NoAnswer, why: describe(&error) },
+            Ok(Ok(data)) => body.extend_from_slice(&data),
+            Ok(Err(_trailers)) => {}
+            Err(error) => return Attempt::Passing { fault: Fault::NoAnswer, why: innermost(&error) },
         }
     }
     let body = match String::from_utf8(body) {
@@ -194,25 +201,21 @@ async fn body(mut response: Response) -> Attempt<String> {
     if body.lines().nth(MOST_LINES).is_some() {
         return not_metadata(format!("the answer has more than {MOST_LINES} lines"));
     }
-    // No value may hold it, security groups' names included: it is the page of a proxy or portal.
-    if body.contains('<') {
-        return not_metadata("the answer is a page, not metadata".into());
-    }
     Attempt::Body(body)
 }
 
-fn failure<T>(error: &reqwest::Error) -> Attempt<T> {
-    let errno = causes(error).find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
-    let why = describe(error);
+fn failed<T>(failure: &Failure) -> Attempt<T> {
+    let errno = causes(failure).find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
+    let why = innermost(failure);
     let fault = match errno {
         Some(libc::EACCES) => return Attempt::Prohibited,
         Some(libc::ECONNREFUSED) => Fault::Refused,
         Some(libc::ENETUNREACH | libc::EHOSTUNREACH) => Fault::Unreachable,
         _ => Fault::NoAnswer,
     };
-    match error.is_connect() || error.is_timeout() {
-        true => Attempt::NoWay { fault, why },
-        false => Attempt::Passing { fault, why },
+    match failure {
+        Failure::Connecting(_) => Attempt::NoWay { fault, why },
+        Failure::Asking(_) => Attempt::Passing { fault, why },
     }
 }
 
@@ -221,16 +224,11 @@ fn not_metadata<T>(why: String) -> Attempt<T> {
     Attempt::Passing { fault: Fault::NotMetadata, why }
 }
 
-/// An error's innermost cause, without the URL: the paths are ours to name.
-fn describe(error: &reqwest::Error) -> String {
-    match causes(error).last() {
-        _ if error.is_timeout() => "timed out".into(),
-        Some(cause) => cause.to_string(),
-        None => error.to_string(),
-    }
+fn innermost(error: &(dyn Error + 'static)) -> String {
+    causes(error).last().map(|cause| cause.to_string()).unwrap_or_default()
 }
 
-fn causes<'a>(error: &'a reqwest::Error) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
-    let first: &'a (dyn std::error::Error + 'static) = error;
-    std::iter::successors(Some(first), |cause| cause.source())
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let first: &'a (dyn Error + 'static) = error;
+    std::iter::successors(Some(first), |cause| (*cause).source())
 }

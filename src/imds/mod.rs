@@ -1,6 +1,8 @@
 //! The only place that speaks to the metadata service: token, a snapshot of what is needed, and again what was not there
 //! yet. Faults are typed; what the answers mean is for `metadata`.
 
+mod connections;
+mod endpoint;
 mod http;
 mod pace;
 mod watch;
@@ -15,7 +17,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use reqwest::header::HeaderValue;
+use hyper::header::HeaderValue;
 use tokio::time::{Instant, sleep_until};
 
 use self::http::Attempt;
@@ -59,8 +61,6 @@ pub enum Error {
     Disabled,
     /// The given endpoint is no URL that can be used.
     BadEndpoint { endpoint: String, why: String },
-    /// The HTTP client cannot be made.
-    NoClient { why: String },
     /// A `prohibit` route stands before the service.
     Locked { endpoints: String },
     /// 403: metadata is turned off for this instance, or not allowed here.
@@ -85,7 +85,6 @@ impl fmt::Display for Error {
                 endpoint.escape_debug(),
                 ENDPOINTS[0]
             ),
-            Error::NoClient { why } => write!(f, "no HTTP client can be made for instance metadata: {why}"),
             // systemd-imdsd(8), systemd 261: `locked` is the default where it runs.
             Error::Locked { endpoints } => write!(
                 f,
@@ -130,7 +129,6 @@ impl Error {
         match self {
             Error::Disabled => Fault::SwitchedOff,
             Error::BadEndpoint { .. } => Fault::BadEndpoint,
-            Error::NoClient { .. } => Fault::NoClient,
             Error::Locked { .. } => Fault::Locked,
             Error::Forbidden { .. } => Fault::Forbidden,
             Error::Unauthorized { .. } => Fault::Unauthorized,
@@ -199,7 +197,7 @@ impl Imds {
             return Err(Error::Disabled);
         }
         let endpoints = way::endpoints(endpoint, surroundings)?;
-        let plain = way::ways(&endpoints, None)?;
+        let plain = way::ways(&endpoints, None);
         let shown: Vec<String> = plain.iter().map(Way::shown).collect();
         let shown = shown.join(" and ");
         let pace = Pace::default();
@@ -217,7 +215,7 @@ impl Imds {
             };
             if last.is_nobody_there {
                 let until = deadline.min(Instant::now() + LINKS_TIME);
-                match way::race(&way::ways_by_links(&endpoints, surroundings, round)?, &pace, until).await? {
+                match way::race(&way::ways_by_links(&endpoints, surroundings, round), &pace, until).await? {
                     Ok((way, token)) => {
                         tracing::info!("instance metadata is reached at {} ({})", way.shown(), last.shown);
                         return Ok(Imds::new(way, token, surroundings, pace, deadline));
@@ -362,7 +360,7 @@ impl Imds {
     async fn renewed_token(&self, started: Instant) -> Result<HeaderValue, Error> {
         let mut pauses = Pauses::default();
         loop {
-            let attempt = http::token(&self.way.client, &self.way.endpoint, &self.pace, self.deadline).await;
+            let attempt = http::token(&self.way.0, &self.pace, self.deadline).await;
             if let Attempt::Body(token) = attempt {
                 return Ok(token);
             }
@@ -378,8 +376,7 @@ impl Imds {
         let mut pauses = Pauses::default();
         let mut made = 0;
         loop {
-            let Way { client, endpoint, .. } = &self.way;
-            let attempt = http::get(client, endpoint, token, path, &self.pace, self.deadline).await;
+            let attempt = http::get(&self.way.0, token, path, &self.pace, self.deadline).await;
             made += 1;
             let may_pass = matches!(attempt, Attempt::NoWay { .. } | Attempt::Passing { .. });
             let is_enough = made >= KEY_ATTEMPTS && !is_essential(path);

@@ -7,49 +7,39 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-/// Packets sent to the service in any second, at most. 600 is the promise; the difference is for the handshakes of the
-/// kept connections and for the token.
-const PACKETS: u32 = 530;
+/// Packets that are paid for in any second, at most. 600 may be sent; the difference is for acknowledgements of answers that no
+/// other request takes along. The peak is in `tests/imds.rs` and `tests/bench/imds.rs`.
+const PACKETS: u32 = 500;
 
-/// Sent for one request on a connection that is kept: the request, and an acknowledgement of the answer when no other
-/// request carries it.
-const KEPT: u32 = 2;
+/// A request on a connection that is there: the acknowledgement of the answer goes with the next one.
+const REQUEST: u32 = 1;
 
-/// Sent for one request on a connection of its own: SYN, ACK, request, ACK, FIN, and one to spare.
-const CLOSED: u32 = 6;
+/// A connection: SYN, ACK, and at its end ACK and FIN.
+const CONNECTION: u32 = 4;
 
 /// How long a packet counts, from the end of its request.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// The packets of the last second, as far as they can be foreseen.
+/// The packets of the last second.
 #[derive(Default)]
 pub struct Pace {
     /// When a request ended, and the packets that it cost; in order of time.
     recent: RefCell<VecDeque<(Instant, u32)>>,
     under_way: Cell<u32>,
-    is_closing: Cell<bool>,
 }
 
-/// The right to make one request.
+/// The right to send what it has paid for.
 pub struct Turn<'a> {
     pace: &'a Pace,
     packets: u32,
 }
 
 impl Pace {
-    /// Whether the service ends the connection after an answer, as EC2's does (`Connection: close`).
-    pub fn note(&self, is_closing: bool) {
-        self.is_closing.set(is_closing);
-    }
-
     /// Waits until one more request is within the limit.
     pub async fn turn(&self) -> Turn<'_> {
-        let packets = if self.is_closing.get() { CLOSED } else { KEPT };
-        while let Some(until) = self.full_until(packets) {
-            sleep_until(until).await;
-        }
-        self.under_way.set(self.under_way.get() + packets);
-        Turn { pace: self, packets }
+        let mut turn = Turn { pace: self, packets: 0 };
+        turn.pay_for_request().await;
+        turn
     }
 
     /// When to look again, if there is no room at this moment.
@@ -62,6 +52,24 @@ impl Pace {
         let spent: u32 = recent.iter().map(|(_, packets)| packets).sum();
         let is_full = self.under_way.get() + spent + packets > PACKETS;
         recent.front().filter(|_| is_full).map(|(end, _)| *end + WINDOW)
+    }
+}
+
+impl Turn<'_> {
+    pub async fn pay_for_request(&mut self) {
+        self.pay(REQUEST).await;
+    }
+
+    pub async fn pay_for_connection(&mut self) {
+        self.pay(CONNECTION).await;
+    }
+
+    async fn pay(&mut self, packets: u32) {
+        while let Some(until) = self.pace.full_until(packets) {
+            sleep_until(until).await;
+        }
+        self.pace.under_way.set(self.pace.under_way.get() + packets);
+        self.packets += packets;
     }
 }
 

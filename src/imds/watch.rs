@@ -31,7 +31,7 @@ impl Watch {
     ) -> Result<Option<Watch>, Error> {
         let endpoints = way::endpoints(endpoint, surroundings)?;
         for link in [Some(link), None] {
-            let (ways, pace) = (way::ways(&endpoints, link)?, Pace::default());
+            let (ways, pace) = (way::ways(&endpoints, link), Pace::default());
             let until = deadline.min(Instant::now() + FIRST_TIME);
             if let Ok(Ok((way, _))) = way::race(&ways, &pace, until).await {
                 return Ok(Some(Watch { way, pace }));
@@ -46,8 +46,7 @@ impl Watch {
         let mut failed = 0;
         loop {
             let next = Instant::now() + pause;
-            let Way { client, endpoint, .. } = &self.way;
-            let attempt = http::token(client, endpoint, &self.pace, next + pause).await;
+            let attempt = http::token(&self.way.0, &self.pace, next + pause).await;
             match attempt {
                 Attempt::NoWay { .. } | Attempt::Prohibited => failed += 1,
                 Attempt::Body(_)

@@ -1,14 +1,16 @@
 //! How the service is reached: by which of its addresses, and by which link when the plain way leads nowhere (a VPN that
 //! took the default route).
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use reqwest::header::HeaderValue;
-use reqwest::{Client, Url};
+use hyper::header::HeaderValue;
 use tokio::time::{Instant, timeout};
 
+use super::connections::Connections;
+use super::endpoint::Endpoint;
 use super::http::{self, Attempt};
 use super::pace::Pace;
 use super::{ENDPOINTS, Error};
@@ -59,11 +61,11 @@ impl Surroundings {
 }
 
 /// The service's addresses in the order in which they are tried; a given one is the only one.
-pub fn endpoints(given: Option<&str>, surroundings: &Surroundings) -> Result<Vec<Url>, Error> {
+pub fn endpoints(given: Option<&str>, surroundings: &Surroundings) -> Result<Vec<Endpoint>, Error> {
     if let Some(given) = given {
-        return Ok(vec![parse_endpoint(given)?]);
+        return Ok(vec![Endpoint::parse(given)?]);
     }
-    let mut endpoints = ENDPOINTS.map(parse_endpoint).into_iter().collect::<Result<Vec<Url>, Error>>()?;
+    let mut endpoints = ENDPOINTS.map(Endpoint::parse).into_iter().collect::<Result<Vec<Endpoint>, Error>>()?;
     if surroundings.is_ipv6_only {
         endpoints.reverse();
     }
@@ -72,38 +74,28 @@ pub fn endpoints(given: Option<&str>, surroundings: &Surroundings) -> Result<Vec
 
 /// One way to the service.
 #[derive(Clone)]
-pub struct Way {
-    pub client: Client,
-    pub endpoint: Url,
-    link: Option<String>,
-}
+pub struct Way(pub Rc<Connections>);
 
 impl Way {
     pub fn shown(&self) -> String {
-        let endpoint = self.endpoint.as_str().trim_end_matches('/');
-        match &self.link {
+        let Connections { endpoint, link, .. } = &*self.0;
+        match link {
             Some(link) => format!("{endpoint} by {link}"),
-            None => endpoint.into(),
+            None => endpoint.to_string(),
         }
     }
 }
 
-/// The ways that leave by this link, or as the routing table says: one for each endpoint, on one client.
-pub fn ways(endpoints: &[Url], link: Option<&str>) -> Result<Vec<Way>, Error> {
-    let client = http::client(link).map_err(|error| Error::NoClient { why: error.to_string() })?;
-    let way = |endpoint: &Url| Way { client: client.clone(), endpoint: endpoint.clone(), link: link.map(String::from) };
-    Ok(endpoints.iter().map(way).collect())
+/// The ways that leave by this link, or as the routing table says: one for each endpoint.
+pub fn ways(endpoints: &[Endpoint], link: Option<&str>) -> Vec<Way> {
+    endpoints.iter().map(|endpoint| Way(Rc::new(Connections::new(endpoint.clone(), link)))).collect()
 }
 
 /// The same by a few links, in each round by the next: every ENI's way leads to the same service.
-pub fn ways_by_links(endpoints: &[Url], surroundings: &Surroundings, round: usize) -> Result<Vec<Way>, Error> {
-    let mut bound = Vec::new();
+pub fn ways_by_links(endpoints: &[Endpoint], surroundings: &Surroundings, round: usize) -> Vec<Way> {
     let links = &surroundings.links;
     let from_here = links.iter().cycle().skip(round * MOST_LINKS);
-    for (_, link) in from_here.take(MOST_LINKS.min(links.len())) {
-        bound.extend(ways(endpoints, Some(link))?);
-    }
-    Ok(bound)
+    from_here.take(MOST_LINKS.min(links.len())).flat_map(|(_, link)| ways(endpoints, Some(link))).collect()
 }
 
 /// What became of a race without a winner.
@@ -132,7 +124,7 @@ pub async fn race(ways: &[Way], pace: &Pace, deadline: Instant) -> Result<Result
     let (mut refusal, mut may_answer_later) = (None, false);
     loop {
         if let Some((n, way)) = waiting.next() {
-            running.push(async move { (n, way, http::token(&way.client, &way.endpoint, pace, deadline).await) });
+            running.push(async move { (n, way, http::token(&way.0, pace, deadline).await) });
         }
         let Ok(ended) = timeout(HEAD_START, running.next()).await else { continue };
         match ended {
@@ -190,38 +182,9 @@ impl Failures {
     }
 }
 
-fn parse_endpoint(endpoint: &str) -> Result<Url, Error> {
-    let bad = |why: String| Error::BadEndpoint { endpoint: endpoint.into(), why };
-    let mut url = Url::parse(endpoint).map_err(|error| bad(error.to_string()))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        let (_, host) = endpoint.rsplit_once('@').unwrap_or_default();
-        let why = "it has to be without a user name and password, which metadata does not ask for".into();
-        return Err(Error::BadEndpoint { endpoint: format!("http://…@{host}"), why });
-    }
-    if url.scheme() != "http" {
-        return Err(bad("it has to begin with http://".into()));
-    }
-    if url.host().is_none() || url.query().is_some() || url.fragment().is_some() {
-        return Err(bad("it has to be a host with an optional port".into()));
-    }
-    if !url.path().ends_with('/') {
-        url.set_path(&format!("{}/", url.path()));
-    }
-    Ok(url)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_password_in_an_endpoint_is_refused_and_not_shown() {
-        for endpoint in ["http://me:secret@127.0.0.1:1", "http://secret@127.0.0.1:1/"] {
-            let error = parse_endpoint(endpoint).unwrap_err().to_string();
-            assert!(error.contains("password") && error.contains("127.0.0.1:1"), "{error}");
-            assert!(!error.contains("secret"), "{error}");
-        }
-    }
 
     fn surroundings(links: &str, addresses: &str, routes: &str) -> Surroundings {
         let observed = format!(
@@ -285,24 +248,22 @@ mod tests {
         let shown = |given, is_ipv6_only| {
             let surroundings = Surroundings { is_ipv6_only, ..Surroundings::default() };
             let endpoints = endpoints(given, &surroundings).unwrap();
-            endpoints.iter().map(Url::to_string).collect::<Vec<_>>()
+            endpoints.iter().map(Endpoint::to_string).collect::<Vec<_>>()
         };
-        assert_eq!(shown(Some("http://127.0.0.1:8080"), true), ["http://127.0.0.1:8080/"]);
-        assert_eq!(shown(None, false), ["http://169.254.169.254/", "http://[fd00:ec2::254]/"]);
-        assert_eq!(shown(None, true), ["http://[fd00:ec2::254]/", "http://169.254.169.254/"]);
-        for bad in ["", "169.254.169.254", "https://169.254.169.254", "http://x/?a", "http://", "ftp://x"] {
-            assert!(matches!(endpoints(Some(bad), &Surroundings::default()), Err(Error::BadEndpoint { .. })), "{bad}");
-        }
+        assert_eq!(shown(Some("http://127.0.0.1:8080"), true), ["http://127.0.0.1:8080"]);
+        assert_eq!(shown(None, false), ["http://169.254.169.254", "http://[fd00:ec2::254]"]);
+        assert_eq!(shown(None, true), ["http://[fd00:ec2::254]", "http://169.254.169.254"]);
+        assert!(matches!(endpoints(Some("ftp://x"), &Surroundings::default()), Err(Error::BadEndpoint { .. })));
     }
 
     #[test]
     fn every_link_has_its_turn() {
         let links: Vec<(MacAddr, String)> =
             (0..6u8).map(|n| (MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap(), format!("ens{n}"))).collect();
-        let endpoints = ["http://169.254.169.254/".parse().unwrap()];
+        let endpoints = [Endpoint::parse("http://169.254.169.254").unwrap()];
         let shown = |links: &[(MacAddr, String)], round| -> Vec<String> {
             let surroundings = Surroundings { links: links.to_vec(), is_ipv6_only: false };
-            ways_by_links(&endpoints, &surroundings, round).unwrap().iter().map(Way::shown).collect()
+            ways_by_links(&endpoints, &surroundings, round).iter().map(Way::shown).collect()
         };
         let tried: Vec<String> = (0..3).flat_map(|round| shown(&links, round)).collect();
         assert_eq!(tried.len(), 3 * MOST_LINKS);

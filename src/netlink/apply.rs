@@ -200,7 +200,8 @@ fn kernel_family(family: Family) -> AddressFamily {
 }
 
 fn address_message(link: &LinkRef, address: &Address) -> AddressMessage {
-    let Address { net, is_deprecated, has_prefix_route, protocol } = *address;
+    // Ours are never leased, and nobody else's are changed.
+    let Address { net, is_deprecated, has_prefix_route, is_leased: _, protocol } = *address;
     let mut message = AddressMessage::default();
     message.header.family = kernel_family(net.family());
     message.header.prefix_len = net.prefix_len();

@@ -145,6 +145,7 @@ fn address(message: &AddressMessage) -> Option<(u32, Address)> {
         net,
         is_deprecated: flags.contains(AddressFlags::Deprecated),
         has_prefix_route: !flags.contains(AddressFlags::Noprefixroute),
+        is_leased: !flags.contains(AddressFlags::Permanent),
         protocol,
     };
     Some((message.header.index, address))

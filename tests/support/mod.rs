@@ -181,7 +181,8 @@ impl Scenario {
         for (mac, nets) in &machine.foreign_address {
             let index = link(observed, *mac).index;
             for net in nets {
-                let address = Address { net: *net, is_deprecated: false, has_prefix_route: true, protocol: 0 };
+                let address =
+                    Address { net: *net, is_deprecated: false, has_prefix_route: true, is_leased: false, protocol: 0 };
                 observed.addresses.insert((index, address));
             }
         }

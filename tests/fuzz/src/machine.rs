@@ -153,7 +153,7 @@ pub fn configured() -> Observed {
         Machine { has_run_before: true, no_ipv6: false, changes: Vec::new() }.observed(&attached, &Config::default());
     // By DHCP.
     let net = "10.0.0.10/24".parse().expect("it is an address");
-    observed.addresses.insert((2, Address { net, is_deprecated: false, has_prefix_route: true, protocol: 0 }));
+    observed.addresses.insert((2, Address { net, is_deprecated: false, has_prefix_route: true, is_leased: false, protocol: 0 }));
     observed
 }
 
@@ -191,7 +191,7 @@ impl Change {
                 let Some(index) = nth(observed, *link) else { return };
                 let (net, protocol) = (place.net(*length), owner(*by));
                 let address =
-                    Address { net, is_deprecated: *is_deprecated, has_prefix_route: *has_prefix_route, protocol };
+                    Address { net, is_deprecated: *is_deprecated, has_prefix_route: *has_prefix_route, is_leased: false, protocol };
                 // One of this address and length is all that the kernel takes.
                 if observed.addresses.iter().all(|(on, there)| (*on, there.net) != (index, net)) {
                     observed.addresses.insert((index, address));

@@ -122,6 +122,12 @@ pub enum Action {
     Hang,
     /// What a read gave when [`Service::remember`] was called.
     Stale,
+    /// Interim answers (100) without end.
+    Interim,
+    /// The right answer, and FIN that no header announces.
+    Unannounced,
+    /// The right answer of an HTTP/1.0 server, whose connections end.
+    Http10,
 }
 
 impl Rule {
@@ -168,6 +174,9 @@ fn random_rule(random: &mut fastrand::Rng) -> Rule {
         Action::Redirect("http://127.0.0.1:1/".to_string()),
         Action::ExpireToken,
         Action::Hang,
+        Action::Interim,
+        Action::Unannounced,
+        Action::Http10,
     ];
     let action = actions[random.usize(0..actions.len())].clone();
     let occurrences = match action {
@@ -391,13 +400,18 @@ fn answer_request(mut connection: &TcpStream, number: u64, shared: &Shared, requ
     match pause {
         None => connection.write_all(&bytes)?,
         Some(pause) => {
-            for byte in bytes {
+            for byte in &bytes {
                 shared.pause(pause);
-                connection.write_all(&[byte])?;
+                connection.write_all(&[*byte])?;
             }
         }
     }
     write_padding(connection, padding)?;
+    if ending == Ending::Again {
+        loop {
+            connection.write_all(&bytes)?;
+        }
+    }
     if ending == Ending::Reset {
         reset_on_close(connection)?;
     }
@@ -614,7 +628,10 @@ fn response_of_fault(fault: &Action) -> Option<Response> {
         | Action::WrongContentLength
         | Action::ExpireToken
         | Action::Hang
-        | Action::Stale => None,
+        | Action::Stale
+        | Action::Interim
+        | Action::Unannounced
+        | Action::Http10 => None,
     }
 }
 
@@ -637,6 +654,8 @@ enum Ending {
     Reset,
     /// As `Close`, after the client has left.
     Hang,
+    /// The bytes again and again, until the client has left.
+    Again,
 }
 
 fn deliver(request: &Request, response: Response, fault: Option<&Action>, keep_alive: bool) -> Delivery {
@@ -675,6 +694,18 @@ fn deliver(request: &Request, response: Response, fault: Option<&Action>, keep_a
             Delivery { padding: if is_head { 0 } else { *length }, ..promising(*length, &response) }
         }
         Some(Action::Drip(pause)) => Delivery { pause: Some(*pause), ..whole(keep_alive) },
+        Some(Action::Interim) => {
+            Delivery { bytes: b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000), ending: Ending::Again, ..nothing }
+        }
+        Some(Action::Unannounced) => Delivery { ending: Ending::Close, ..whole(true) },
+        Some(Action::Http10) => {
+            let text = String::from_utf8_lossy(&whole(false).bytes).replacen("HTTP/1.1", "HTTP/1.0", 1).replacen(
+                "Connection: close\r\n",
+                "",
+                1,
+            );
+            Delivery { bytes: text.into_bytes(), ending: Ending::Close, ..whole(false) }
+        }
         Some(
             Action::Status(_)
             | Action::Delay(_)
@@ -1214,6 +1245,9 @@ mod tests {
         assert_eq!(answer(Action::Garbage).unwrap_err().to_string(), "200 bytes of a head");
         assert_eq!(answer(Action::WrongContentLength).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert_eq!(answer(Action::Hang).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(answer(Action::Interim).unwrap().status, 100);
+        assert_eq!(answer(Action::Unannounced).unwrap().text(), MAC);
+        assert_eq!(answer(Action::Http10).unwrap().text(), MAC);
     }
 
     #[test]
@@ -1415,13 +1449,15 @@ mod tests {
             };
             let head = String::from_utf8_lossy(&self.buffer[..end]).into_owned();
             self.buffer.drain(..end + 4);
-            let (status_line, headers) = head.split_once("\r\n").unwrap();
+            let (status_line, headers) = head.split_once("\r\n").unwrap_or((&head, ""));
             let status = status_line.split(' ').nth(1).unwrap().parse().unwrap();
             let split =
                 |line: &str| line.split_once(": ").map(|(name, value)| (name.to_string(), value.to_string())).unwrap();
-            let headers = headers.split("\r\n").map(split).collect();
+            let headers = headers.split_terminator("\r\n").map(split).collect();
             let mut answered = Answered { status, headers, body: Vec::new() };
-            let length: usize = answered.header("Content-Length").unwrap().parse().unwrap();
+            let is_interim = answered.status < 200;
+            let length: usize =
+                if is_interim { 0 } else { answered.header("Content-Length").unwrap().parse().unwrap() };
             while !is_head && self.buffer.len() < length {
                 if self.more()? == 0 {
                     return Err(cut(format!("{} of {length} bytes of a body", self.buffer.len())));
