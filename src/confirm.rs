@@ -100,7 +100,7 @@ async fn find_watch(options: &Options, primary: MacAddr, observed: &Observed) ->
 /// There is nothing to confirm, or it is too late.
 pub async fn confirm(options: &Options) -> Result<()> {
     const NOTHING: &str = "there is nothing to confirm";
-    let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    let _turn = lock::acquire(&options.directory, options.deadline).await?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let Some(mut trial) = last_trial(&mut netlink, options).await? else {
         bail!("{NOTHING}: no `eniup reconcile --confirm` has changed anything");
@@ -179,8 +179,8 @@ fn verdict(trial: &Trial, directory: &Path) -> Option<Verdict> {
 
 /// Rolls back, unless it is decided by the time that this has its turn.
 async fn roll_back_alone(trial: &mut Trial, why: &str, options: &Options) -> Result<Verdict> {
-    let lock = lock::acquire(&options.directory, Instant::now() + PATIENCE).await;
-    if let Err(error) = &lock {
+    let turn = lock::acquire(&options.directory, Instant::now() + PATIENCE).await;
+    if let Err(error) = &turn {
         tracing::warn!("{error:#}; rolling back all the same");
     }
     if let Some(verdict) = verdict(trial, &options.directory) {

@@ -99,13 +99,17 @@ impl Eni {
         !self.subnets(family).is_empty() && !self.sources(family).is_empty()
     }
 
-    /// Forgets disputed addresses and prefixes.
-    pub fn leave_out(&mut self, disputes: &[Dispute]) {
-        let is_disputed = |source: IpNet| disputes.iter().any(|dispute| dispute.source == source);
-        self.ipv4s.retain(|address| !is_disputed(IpAddr::from(*address).into()));
-        self.ipv6s.retain(|address| !is_disputed(IpAddr::from(*address).into()));
-        self.ipv4_prefixes.retain(|prefix| !is_disputed((*prefix).into()));
-        self.ipv6_prefixes.retain(|prefix| !is_disputed((*prefix).into()));
+    /// Whether exactly this is one of its addresses or delegated prefixes.
+    pub fn has(&self, source: &IpNet) -> bool {
+        self.sources(source.family()).contains(source)
+    }
+
+    /// Forgets these addresses and prefixes.
+    pub fn leave_out(&mut self, sources: &[IpNet]) {
+        self.ipv4s.retain(|address| !sources.contains(&IpAddr::from(*address).into()));
+        self.ipv6s.retain(|address| !sources.contains(&IpAddr::from(*address).into()));
+        self.ipv4_prefixes.retain(|prefix| !sources.contains(&(*prefix).into()));
+        self.ipv6_prefixes.retain(|prefix| !sources.contains(&(*prefix).into()));
     }
 
     /// The VPC router as a next hop: subnet base + 1, or `fe80:ec2::1` for IPv6.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::net::{Address, Link, MacAddr, Observed};
 use crate::operation::{LinkChange, Operation};
 use crate::plan::Step;
-use crate::proof::Sighting;
+use crate::proof::Notes;
 use crate::whole_file;
 
 /// Raised when the meaning of a field changes; a file of another version is not read.
@@ -38,9 +38,9 @@ pub struct Ledger {
     /// What was added, by link index.
     #[serde(default)]
     addresses: BTreeSet<(u32, IpNet)>,
-    /// What metadata does not tell of any more, and since when.
-    #[serde(default)]
-    pub sightings: BTreeSet<Sighting>,
+    /// What metadata does not tell of any more or has told lately, and since when.
+    #[serde(flatten)]
+    pub notes: Notes,
     /// What the last run could not bring about, by the ENI's id (or MAC).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub troubles: BTreeMap<String, Noted>,
@@ -242,10 +242,7 @@ pub fn mend(directory: &Path) {
 
 fn read(directory: &Path) -> Result<Ledger> {
     let path = path(directory);
-    let bytes = match fs::read(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
-        bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
-    };
+    let Some(bytes) = whole_file::read(&path)? else { return Ok(empty()) };
     let ledger: Ledger = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
     let is_of_this_boot = boot().is_some_and(|boot| boot == ledger.boot);
     Ok(if ledger.version == VERSION && is_of_this_boot { ledger } else { empty() })

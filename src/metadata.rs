@@ -400,7 +400,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
                 let reason = Reason::SourceTaken { source: *source, by: by.clone() };
                 set_aside(*mac, reason, &mut ready, &mut pending);
             }
-            None => eni.leave_out(disputes),
+            None => eni.leave_out(&disputes.iter().map(|dispute| dispute.source).collect::<Vec<_>>()),
         }
     }
     disputes.retain(|mac, _| ready.contains_key(mac));

@@ -107,6 +107,9 @@ pub const INTERVAL: std::ops::RangeInclusive<Duration> = Duration::from_millis(1
 /// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
 pub const PROOF_PAUSE: u64 = 10_000;
 
+/// Milliseconds after a move from one ENI to another for which metadata that has it the other way round needs proof.
+pub const RETURN_DOUBT: u64 = 60_000;
+
 /// How long a run on trial may wait for its confirmation: long enough to type it, and no longer than somebody sits there.
 pub const TRIAL: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
 

@@ -1,6 +1,6 @@
 //! What metadata no longer tells of is taken away only on proof: two complete snapshots that both lack it, some time apart.
 //! Here the first of them is noted, and until the second has come metadata is taken as if it still told of it. A link that
-//! is gone is proof at once; so is an address that metadata gives to another ENI by now.
+//! is gone is proof at once; so is an address that metadata gives to another ENI by now, unless it has come from there lately.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -49,6 +49,26 @@ pub struct Sighting {
     pub since: u64,
 }
 
+/// What has come from one ENI to another, and when. Metadata that is stale has it the other way round.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Move {
+    /// As of a [`Lost`]: an address as a whole-length prefix, or a delegated prefix.
+    pub source: IpNet,
+    pub from: MacAddr,
+    pub to: MacAddr,
+    /// The end of the first snapshot that told so.
+    pub since: u64,
+}
+
+/// What a run leaves to the next ones.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Notes {
+    #[serde(default)]
+    pub sightings: BTreeSet<Sighting>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub moves: BTreeSet<Move>,
+}
+
 /// What a snapshot comes to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Judgement {
@@ -61,30 +81,30 @@ pub struct Judgement {
 }
 
 /// Puts back what is lost without proof.
-pub fn judge(
-    attached: &Attached,
-    observed: &Observed,
-    known: &BTreeSet<Sighting>,
-    taken: Taken,
-    config: &Config,
-) -> Judgement {
-    let mut judgement =
-        Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() };
+pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Taken, config: &Config) -> Judgement {
+    let mut judgement = Judgement::nothing_is_doubted(attached);
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
     for link in &links {
         let Some(mac) = link.mac else { continue };
-        // Which of them is the ENI's cannot be told, so nothing of it is done or undone.
-        if attached.ready.contains_key(&mac) && links.iter().filter(|other| other.mac == Some(mac)).count() > 1 {
+        if attached.ready.contains_key(&mac) && has_twin(link, &links) {
             continue;
         }
+        // Metadata gives it back to where it has just come from: that may be stale.
+        let is_return = |source: &IpNet| {
+            let came = |moved: &&Move| moved.source == *source && moved.to == mac && moved.is_recent(taken);
+            let is_there = |moved: &Move| attached.ready.get(&moved.from).is_some_and(|eni| eni.has(source));
+            known.moves.iter().filter(came).any(is_there)
+        };
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
-            let lost = own.sources.iter().filter(|source| !is_anybodys(source, attached));
+            let lost = own.sources.iter().filter(|source| !eni.has(source));
+            let lost = lost.filter(|source| !is_anybodys(source, attached) || is_return(source));
             let stay: Vec<IpNet> = lost
                 .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
                 .collect();
+            judgement.forget(&stay, mac);
             // Its routes and rules could not be had beside those of other subnets: all stays as it is.
             let is_of_another_subnet = |source: &IpNet| {
                 let told = eni.subnets(source.family());
@@ -102,6 +122,8 @@ pub fn judge(
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
+                let stay: Vec<IpNet> = own.sources.iter().copied().filter(is_return).collect();
+                judgement.forget(&stay, mac);
                 judgement.attached.pending.insert(mac, own.pending(link));
             }
         }
@@ -109,10 +131,56 @@ pub fn judge(
     judgement
 }
 
+/// What moves by this, and what has moved lately.
+pub fn moves(
+    attached: &Attached,
+    observed: &Observed,
+    known: &BTreeSet<Move>,
+    taken: Taken,
+    config: &Config,
+) -> BTreeSet<Move> {
+    let mut moves: BTreeSet<Move> = known.iter().filter(|moved| moved.is_recent(taken)).copied().collect();
+    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    for link in links.iter().filter(|link| !has_twin(link, &links)) {
+        let Some((from, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
+        for source in Own::on(link, Some(eni), observed, config).sources.into_iter().filter(|source| !eni.has(source)) {
+            let Some((to, _)) = attached.ready.iter().find(|(_, eni)| eni.has(&source)) else { continue };
+            let is_this = |moved: &Move| (moved.source, moved.from, moved.to) == (source, from, *to);
+            if !moves.iter().any(is_this) {
+                moves.retain(|moved| moved.source != source);
+                moves.insert(Move { source, from, to: *to, since: taken.ended });
+            }
+        }
+    }
+    moves
+}
+
+/// Whether another link has the same MAC. Which of them is the ENI's cannot be told, so nothing of it is done or undone.
+fn has_twin(link: &Link, links: &[&Link]) -> bool {
+    links.iter().any(|other| other.index != link.index && other.mac == link.mac)
+}
+
+impl Move {
+    fn is_recent(&self, taken: Taken) -> bool {
+        taken.begun < self.since + policy::RETURN_DOUBT
+    }
+}
+
 impl Judgement {
+    /// Of a run by hand.
+    pub fn nothing_is_doubted(attached: &Attached) -> Judgement {
+        Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() }
+    }
+
+    /// These stay with this ENI, so no other has them.
+    fn forget(&mut self, sources: &[IpNet], keeper: MacAddr) {
+        let others = self.attached.ready.iter_mut().filter(|(mac, _)| **mac != keeper);
+        others.for_each(|(_, eni)| eni.leave_out(sources));
+    }
+
     /// Whether this may go; if not, it is postponed, and noted when the snapshot can be one of the two.
-    fn is_proven(&mut self, lost: Lost, is_told: bool, known: &BTreeSet<Sighting>, taken: Taken) -> bool {
-        let since = known.iter().find(|sighting| sighting.lost == lost).map(|sighting| sighting.since);
+    fn is_proven(&mut self, lost: Lost, is_told: bool, known: &Notes, taken: Taken) -> bool {
+        let since = known.sightings.iter().find(|sighting| sighting.lost == lost).map(|sighting| sighting.since);
         // A note of the future is of no clock that can be trusted.
         let since = since.filter(|since| *since <= taken.ended);
         if is_told && since.is_some_and(|since| taken.begun >= since + policy::PROOF_PAUSE) {
@@ -188,12 +256,11 @@ fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet>
     subnets.iter().filter(is_its).collect()
 }
 
-/// Whether metadata gives this to any ENI, whole or as part of a prefix, or to more than one.
+/// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one.
 fn is_anybodys(source: &IpNet, attached: &Attached) -> bool {
     let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
     let ready = attached.ready.values().flat_map(|eni| eni.sources(source.family()));
-    let pending = attached.pending.values().flat_map(|pending| pending.sources.iter().flatten().copied());
-    ready.chain(pending).chain(disputed).any(|theirs| theirs.contains(source))
+    ready.chain(disputed).any(|theirs| theirs.contains(source))
 }
 
 fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
@@ -234,7 +301,7 @@ mod tests {
         let from = Some(prefix.parse().unwrap());
         observed.rules.insert(Rule { from, ..policy::rule(&config, Family::V4, table, table) });
         let taken = Taken { begun: 1, ended: 2 };
-        let believed = judge(&attached, &observed, &BTreeSet::new(), taken, &config).attached;
+        let believed = judge(&attached, &observed, &Notes::default(), taken, &config).attached;
         let plan = plan(&desired(&believed, &config), &observed, believed.primary, &config);
         !plan.steps.iter().any(|step| step.to_string().contains(&format!("rule del priority {table} from {prefix}")))
     }

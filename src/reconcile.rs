@@ -13,7 +13,7 @@ use crate::desired::{Desired, desired};
 use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
-use crate::lock;
+use crate::lock::{self, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Tree, Unusable};
 use crate::net::{Link, MacAddr, Observed};
@@ -21,7 +21,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
-use crate::proof::{Judgement, Sighting, Taken, judge};
+use crate::proof::{Judgement, Notes, Taken, judge, moves};
 use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
@@ -89,15 +89,77 @@ pub async fn reconcile_on_trial(options: &Options, trial: &mut Trial) -> Result<
 }
 
 async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
-    let _lock = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    make_way(&mut netlink, options).await?;
-    let report = agree(&mut netlink, options, trial.as_deref_mut()).await?;
-    if let Some(trial) = trial.filter(|trial| trial.has_begun()) {
-        trial.await_confirmation(since_boot()?, &options.directory)?;
+    let mut turn = take_turn(&mut netlink, options).await?;
+    let surroundings = Surroundings::of(&netlink.observe().await?);
+    let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
+    let mut reading = Reading::take(&mut imds, &options.config).await?;
+    let mut report = Report::default();
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let (settled, attached) = settle(&mut netlink, &reading, options, trial.as_deref_mut()).await?;
+        report = report.followed_by(settled);
+        if let Some(trial) = trial.as_deref_mut().filter(|trial| trial.has_begun()) {
+            // Whoever is to confirm it does not wait for what is pending.
+            trial.await_confirmation(since_boot()?, &options.directory)?;
+            return Ok(report);
+        }
+        if !report.may_pass() || Instant::now() + pause >= options.deadline {
+            return Ok(report);
+        }
+        let waits = |trouble: &Trouble| pause == FIRST_PAUSE && trouble.state == State::Pending;
+        for (eni, trouble) in report.troubles.iter().filter(|(_, trouble)| waits(trouble)) {
+            let state = trouble.state.to_string();
+            tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
+        }
+        // Others may act meanwhile.
+        let ended = Ended { known_primary: ledger::load(&options.directory).primary(), turn: turn.end() };
+        sleep_until(Instant::now() + pause).await;
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+        (turn, reading) = match look_again(ended, reading, &attached, &mut netlink, &mut imds, options).await {
+            Ok(again) => again,
+            // What was done stays done, and what is pending stays pending; only waiting for it ends here.
+            Err(error) => {
+                tracing::warn!("no longer waiting: {error:#}");
+                return Ok(report);
+            }
+        };
     }
-    Ok(report)
+}
+
+/// The lock, once no earlier run's trial is in the way.
+async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<Turn> {
+    let turn = lock::acquire(&options.directory, options.deadline).await?;
+    ledger::mend(&options.directory);
+    make_way(netlink, options).await?;
+    Ok(turn)
+}
+
+/// What a run remembers of its turn while it waits.
+struct Ended {
+    turn: Option<u64>,
+    known_primary: Option<MacAddr>,
+}
+
+/// Another turn, with what was not settled read anew; after somebody else's turn with all of it, since the other may have
+/// acted on what is newer.
+async fn look_again(
+    ended: Ended,
+    reading: Reading,
+    attached: &Attached,
+    netlink: &mut Netlink,
+    imds: &mut Imds,
+    options: &Options,
+) -> Result<(Turn, Reading)> {
+    let turn = take_turn(netlink, options).await?;
+    if ended.known_primary.is_some() && ledger::load(&options.directory).primary().is_none() {
+        bail!("`eniup release` has taken everything away meanwhile");
+    }
+    let reading = match turn.is_next_after(ended.turn) {
+        true => reading.again(imds, attached, &options.config).await?,
+        false => Reading::take(imds, &options.config).await?,
+    };
+    Ok((turn, reading))
 }
 
 /// What metadata said, and when.
@@ -133,36 +195,6 @@ impl Reading {
         let tree = imds.ask_again(self.tree, &attached.unsettled(), Scope::of(config)).await?;
         let taken = Taken { ended: since_boot()?, ..self.taken };
         Ok(Reading { all: metadata::attached(&tree)?, tree, taken })
-    }
-}
-
-async fn agree(netlink: &mut Netlink, options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
-    let surroundings = Surroundings::of(&netlink.observe().await?);
-    let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
-    let mut reading = Reading::take(&mut imds, &options.config).await?;
-    let mut report = Report::default();
-    let mut pause = FIRST_PAUSE;
-    loop {
-        let (settled, attached) = settle(netlink, &reading, options, trial.as_deref_mut()).await?;
-        report = report.followed_by(settled);
-        if !report.may_pass() || Instant::now() + pause >= options.deadline {
-            return Ok(report);
-        }
-        let waits = |trouble: &Trouble| pause == FIRST_PAUSE && trouble.state == State::Pending;
-        for (eni, trouble) in report.troubles.iter().filter(|(_, trouble)| waits(trouble)) {
-            let state = trouble.state.to_string();
-            tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
-        }
-        sleep_until(Instant::now() + pause).await;
-        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        reading = match reading.again(&mut imds, &attached, &options.config).await {
-            Ok(reading) => reading,
-            // What was done stays done, and what is pending stays pending; only waiting for it ends here.
-            Err(error) => {
-                tracing::warn!("no longer waiting: {error:#}");
-                return Ok(report);
-            }
-        };
     }
 }
 
@@ -231,42 +263,35 @@ pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config)
 /// # Errors
 /// As for [`reconcile`], metadata apart.
 pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<Report> {
-    let _lock = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::mend(&options.directory);
-    make_way(netlink, options).await?;
+    let _turn = take_turn(netlink, options).await?;
     Ok(settle(netlink, reading, options, None).await?.0)
 }
 
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
 async fn believed(attached: &Attached, taken: Taken, netlink: &mut Netlink, options: &Options) -> Result<Attached> {
-    let ledger = ledger::load(&options.directory).of(attached.primary);
-    if !options.is_automatic {
-        // Whatever was noted, this run acts on what it sees, and what is lost later is lost anew.
-        keep_sightings(&ledger, BTreeSet::new(), options);
-        return Ok(attached.clone());
-    }
+    let mut ledger = ledger::load(&options.directory).of(attached.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
-    let Judgement { attached, sightings, postponed } =
-        judge(attached, &observed, &ledger.sightings, taken, &options.config);
+    let Judgement { attached, sightings, postponed } = match options.is_automatic {
+        true => judge(attached, &observed, &ledger.notes, taken, &options.config),
+        // Whatever was noted, this run acts on what it sees, and what is lost later is lost anew.
+        false => Judgement::nothing_is_doubted(attached),
+    };
     for lost in postponed {
         let pause = Duration::from_millis(policy::PROOF_PAUSE).as_secs();
         let why = format!("{lost} stays: metadata has to lack it twice, at least {pause} s apart");
         // Once is enough for a timer's log.
-        match ledger.sightings.iter().any(|sighting| sighting.lost == lost) {
+        match ledger.notes.sightings.iter().any(|sighting| sighting.lost == lost) {
             true => tracing::debug!("{why}"),
             false => tracing::info!("{why}"),
         }
     }
-    keep_sightings(&ledger, sightings, options);
-    Ok(attached)
-}
-
-fn keep_sightings(ledger: &Ledger, sightings: BTreeSet<Sighting>, options: &Options) {
-    if sightings != ledger.sightings {
-        let mut ledger = ledger.clone();
-        ledger.sightings = sightings;
+    let moves = moves(&attached, &observed, &ledger.notes.moves, taken, &options.config);
+    let notes = Notes { sightings, moves };
+    if notes != ledger.notes {
+        ledger.notes = notes;
         ledger::save(&ledger, &options.directory);
     }
+    Ok(attached)
 }
 
 /// Milliseconds since boot, time asleep included: `CLOCK_BOOTTIME`.
@@ -345,7 +370,7 @@ fn warn_of(written: Result<()>) {
 /// # Errors
 /// As for [`reconcile`], and no link of that ENI.
 pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
-    let _lock = lock::acquire(&options.directory, options.deadline).await?;
+    let _turn = lock::acquire(&options.directory, options.deadline).await?;
     ledger::mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     if let Some(mut trial) = last_trial(&mut netlink, options).await? {

@@ -198,10 +198,7 @@ fn path(directory: &Path) -> PathBuf {
 /// There is something that cannot be read: nothing is known of a trial, and nothing is confirmed.
 pub fn load(directory: &Path) -> Result<Option<Trial>> {
     let path = path(directory);
-    let bytes = match fs::read(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        bytes => bytes.with_context(|| format!("reading {}", path.display()))?,
-    };
+    let Some(bytes) = whole_file::read(&path)? else { return Ok(None) };
     let trial: Trial = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
     let is_of_this_boot = boot().is_some_and(|boot| boot == trial.boot);
     Ok(Some(trial).filter(|trial| trial.version == VERSION && is_of_this_boot))

@@ -29,9 +29,9 @@ const QUIET: Duration = Duration::from_millis(20);
 /// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
 const RATIO: u32 = 1000;
 
-/// Metadata is asked as often as the timer would, whatever it costs: on a machine that gets few turns time on a CPU is counted
-/// that it did not have.
-const RAREST: Duration = Duration::from_secs(30);
+/// Metadata is asked so often whatever it costs, or staying would be no better than the timer: on a machine that gets few turns
+/// time on a CPU is counted that it did not have.
+const RAREST: Duration = Duration::from_secs(10);
 
 /// Before metadata is asked again for what it is expected to tell of: an ENI whose link has come, or of which it has not told
 /// all. Half as long again each time.
@@ -482,7 +482,7 @@ fn suspects() -> String {
     here.map(|(_, what)| format!("; {what}")).collect()
 }
 
-/// From one asking to the next: long enough that asking is cheap, and never rarer than the timer would.
+/// From one asking to the next: long enough that asking is cheap, and not so rare that nobody would want to stay for it.
 fn pause_after(least: Duration, cost: Duration) -> Duration {
     least.max((cost * RATIO).min(RAREST))
 }
@@ -526,9 +526,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn asking_that_costs_much_is_rare_but_no_rarer_than_the_timer() {
+    fn asking_that_costs_much_is_rare_but_not_too_rare() {
         let least = Duration::from_secs(2);
-        for (cost, pause) in [(1, 2), (5, 5), (29, 29), (900, 30)] {
+        for (cost, pause) in [(1, 2), (5, 5), (29, 10), (900, 10)] {
             assert_eq!(pause_after(least, Duration::from_millis(cost)), Duration::from_secs(pause), "{cost} ms");
         }
         assert_eq!(pause_after(Duration::from_secs(600), Duration::from_secs(1)), Duration::from_secs(600));

@@ -38,8 +38,12 @@ const WAITS: &str = "unless you run `eniup confirm`";
 /// For what has to happen soon, on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
+fn until(what: &str, is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    until_within(PATIENCE, what, is_so)
+}
+
+fn until_within(patience: Duration, what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + patience;
     while !is_so()? {
         ensure!(Instant::now() < deadline, "not in time: {what}");
         std::thread::sleep(Duration::from_millis(5));
@@ -500,6 +504,25 @@ fn what_is_confirmed_before_the_rollback_has_its_turn_stays() {
             drop(lock);
             guard.ends(0, "confirmed")?;
             assert_same(&on_trial, "after it was confirmed")
+        })
+    });
+}
+
+/// Whoever holds the lock may have been stopped, and somebody may be cut off.
+#[test]
+fn a_rollback_does_not_wait_for_its_turn_without_end() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let before = settled_dump()?;
+            let guard = Guard::waiting(machine, "--confirm 1")?;
+            let lock = File::options().write(true).open(machine.directory.join("lock"))?;
+            lock.lock()?;
+            let held = Instant::now();
+            until_within(Duration::from_secs(50), "the rollback", || {
+                Ok(difference(&before, &settled_dump()?).is_empty())
+            })?;
+            ensure!(held.elapsed() > Duration::from_secs(25), "it did not wait: {:?}", held.elapsed());
+            guard.ends(1, "rolling back all the same")
         })
     });
 }

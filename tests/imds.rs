@@ -705,3 +705,26 @@ fn the_largest_machine_is_read_within_the_packet_limit() {
         Ok(())
     });
 }
+
+/// getaddrinfo(3) waits in a thread that nobody can end, ten seconds for a name server that does not answer.
+#[test]
+fn a_name_that_nobody_resolves_is_not_waited_for() {
+    vpc_lab::inside(|| {
+        ip("link set lo up")?;
+        let server = std::net::UdpSocket::bind("127.0.0.1:53")?;
+        std::fs::write("/run/resolv.conf", "nameserver 127.0.0.1\noptions timeout:10 attempts:1\n")?;
+        let mount = Command::new("mount").args(["--bind", "/run/resolv.conf", "/etc/resolv.conf"]).status()?;
+        ensure!(mount.success());
+        let started = Instant::now();
+        let output = Command::new(env!("CARGO_BIN_EXE_eniup"))
+            .args(["plan", "--timeout", "500ms", "--imds-endpoint", "http://imds.example.com"])
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(69) && said.contains("imds.example.com"), "{}: {said}", output.status);
+        ensure!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        // It was asked, and so the name was being resolved.
+        server.set_nonblocking(true)?;
+        ensure!(server.recv(&mut [0; 512]).is_ok(), "nobody was asked");
+        Ok(())
+    });
+}

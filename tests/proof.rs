@@ -10,9 +10,11 @@ use anyhow::{Context, Result, ensure};
 use eniup::config::Config;
 use eniup::eni::Attached;
 use eniup::net::{MacAddr, Observed};
-use eniup::policy::PROOF_PAUSE;
-use eniup::proof::{Judgement, Sighting, Taken, judge};
-use support::machine::{Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_two_enis};
+use eniup::policy::{PROOF_PAUSE, RETURN_DOUBT};
+use eniup::proof::{Judgement, Notes, Sighting, Taken, judge};
+use support::machine::{
+    Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
+};
 use support::moments::{arrange, observe, settled_dump};
 use support::{Scenario, scenarios};
 use vpc_lab::metadata::Published;
@@ -310,7 +312,8 @@ fn taken(after: u64) -> Taken {
 }
 
 fn judged(scenario: &Scenario, attached: &Attached, known: &BTreeSet<Sighting>, taken: Taken) -> Judgement {
-    judge(attached, &scenario.observed(), known, taken, &Config::default())
+    let known = Notes { sightings: known.clone(), ..Notes::default() };
+    judge(attached, &scenario.observed(), &known, taken, &Config::default())
 }
 
 #[test]
@@ -353,4 +356,93 @@ fn a_note_from_the_future_proves_nothing() -> Result<()> {
     assert_eq!(again.postponed, first.postponed);
     assert!(again.sightings.iter().all(|sighting| sighting.since == earlier.ended));
     Ok(())
+}
+
+/// The new holder cannot have it: until then it works where it is.
+#[test]
+fn what_metadata_gives_to_an_eni_that_is_not_ready_stays_where_it_is() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut told = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+            let list = |n: u8| format!("network/interfaces/macs/02:00:00:00:00:0{n}/local-ipv4s");
+            let (first, second) = (told[&list(1)].clone(), told[&list(2)].clone());
+            told.insert(list(1), format!("{first}\n10.0.0.77"));
+            machine.publish(told.clone());
+            machine.reconcile(0)?;
+            // Outside of its subnet.
+            told.extend([(list(1), first), (list(2), format!("{second}\n10.0.0.77"))]);
+            machine.publish(told);
+            let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+            ensure!(run.exit == 3 && run.stderr.contains("stays"), "{}: {}", run.exit, run.stderr);
+            ensure!(ip("addr show eth01")?.contains("10.0.0.77/"), "it is gone: {}", run.stderr);
+            Ok(())
+        })
+    });
+}
+
+/// Lets so many milliseconds pass since the moves that were noted.
+fn age_moves(machine: &Machine, milliseconds: u64) -> Result<()> {
+    let path = machine.directory.join("ledger.json");
+    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    for moved in ledger["moves"].as_array_mut().context("the ledger has no moves")? {
+        moved["since"] = moved["since"].as_u64().context("a move has no time")?.saturating_sub(milliseconds).into();
+    }
+    Ok(fs::write(path, ledger.to_string())?)
+}
+
+/// A failover within the instance is done at once, by hand or not. One read that is older than it takes nothing back, while a
+/// way back that metadata keeps to is believed after ten seconds, and at once when the failover is long ago.
+#[test]
+fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
+    inside(|| {
+        for verb in ["reconcile --automatic", "reconcile"] {
+            with_scenario("three-enis-of-which-two-share", |machine| {
+                let list = |n: u8, family: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{family}");
+                let mut told = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+                for n in [2, 3] {
+                    told.insert(list(n, "subnet-ipv6-cidr-blocks"), "2600:1f16:67f:f201::/64".into());
+                    told.insert(list(n, "ipv6s"), format!("2600:1f16:67f:f201::{n}"));
+                }
+                let on = |n: u8| -> Leaves {
+                    let mut leaves = told.clone();
+                    for (family, address) in [("local-ipv4s", "10.0.1.77"), ("ipv6s", "2600:1f16:67f:f201::77")] {
+                        leaves.entry(list(n, family)).and_modify(|list| *list += &format!("\n{address}"));
+                    }
+                    leaves
+                };
+                let holders = || -> Result<(bool, bool)> {
+                    let has = |link: &str| -> Result<bool> {
+                        let shown = ip(&format!("addr show {link}"))?;
+                        ensure!(shown.contains("10.0.1.77/") == shown.contains("f201::77/"), "{shown}");
+                        Ok(shown.contains("10.0.1.77/"))
+                    };
+                    Ok((has("eth02")?, has("eth03")?))
+                };
+                let run = |verb: &str, leaves: Leaves, expected: (bool, bool)| -> Result<()> {
+                    machine.publish(leaves);
+                    let run = machine.eniup(verb)?;
+                    ensure!(run.exit == 0, "{verb}: {}", run.stderr);
+                    ensure!(holders()? == expected, "{verb}: {:?}: {}", holders()?, run.stderr);
+                    Ok(())
+                };
+                run(verb, on(2), (true, false))?;
+                run(verb, on(3), (false, true))?;
+                // Stale, once and again, and true in between.
+                let rules = ip("rule show")?;
+                run("reconcile --automatic", on(2), (false, true))?;
+                run("reconcile --automatic", on(2), (false, true))?;
+                ensure!(ip("rule show")? == rules, "other rules: {}", ip("rule show")?);
+                run("reconcile --automatic", on(3), (false, true))?;
+                run("reconcile --automatic", on(2), (false, true))?;
+                age_notes(machine, PROOF_PAUSE)?;
+                run("reconcile --automatic", on(2), (true, false))?;
+                run("reconcile --automatic", on(3), (true, false))?;
+                run("reconcile --automatic", on(2), (true, false))?;
+                age_moves(machine, RETURN_DOUBT)?;
+                run("reconcile --automatic", on(3), (false, true))?;
+                run("reconcile", on(2), (true, false))
+            })?;
+        }
+        Ok(())
+    });
 }

@@ -2,7 +2,6 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::sync::LazyLock;
@@ -12,7 +11,7 @@ use eniup::ledger::Ledger;
 use eniup::net::{Address, HasFamily, Observed, Route, RouteKind, Rule};
 use eniup::operation::Operation;
 use eniup::plan::Plan;
-use eniup::proof::{Taken, judge};
+use eniup::proof::{Notes, Taken, judge};
 use eniup::release::release;
 use eniup::{policy, reconcile};
 use proptest::prelude::*;
@@ -473,7 +472,7 @@ proptest! {
         }
         // An automatic run, which has seen nothing of this before.
         let taken = Taken { begun: 1, ended: 2 };
-        let believed = judge(&attached, &before, &BTreeSet::new(), taken, &Config::default()).attached;
+        let believed = judge(&attached, &before, &Notes::default(), taken, &Config::default()).attached;
         let cautious = plan_for(&believed, &before);
         let mut observed = before.clone();
         apply(&mut observed, &cautious);

@@ -1,0 +1,255 @@
+//! One run acts at a time, and nobody is kept out by one that only waits, that a terminal wants to stop, or by what is in the
+//! place of its files.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use support::machine::{Machine, inside, ip, read_leaves, run, scenario, with_scenario, with_two_enis};
+
+const TWO: &str = "two-subnets-dual-stack";
+const THREE: &str = "three-enis-of-which-two-share";
+
+/// For what has to happen soon, on a machine that is busy with other things.
+const SOON: Duration = Duration::from_secs(20);
+
+fn until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    while !is_so()? {
+        ensure!(Instant::now() < deadline, "not in time: {what}");
+        sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// A run that goes on meanwhile.
+struct Meanwhile(Child);
+
+impl Meanwhile {
+    fn start(machine: &Machine, arguments: &str) -> Result<Meanwhile> {
+        let command: &mut Command = &mut machine.command(arguments);
+        Ok(Meanwhile(command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?))
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: the process is this one's child and has not been waited for, so the number is still its own.
+        unsafe { libc::kill(self.0.id() as libc::pid_t, signal) };
+    }
+
+    /// A line of proc_pid_status(5).
+    fn status(&self, name: &str) -> Result<String> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(line.with_context(|| format!("no {name}"))?.trim().into())
+    }
+
+    /// Sent to a process whose group is orphaned, as a test's may be, these stop nobody, so sending them would show nothing.
+    fn ignores_stops(&self) -> Result<bool> {
+        let ignored = u64::from_str_radix(&self.status("SigIgn")?, 16)?;
+        Ok([libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].iter().all(|signal| ignored & 1 << (signal - 1) != 0))
+    }
+
+    /// It ends with this exit code and says this.
+    fn ends(mut self, exit: i32, words: &str) -> Result<()> {
+        until("the run's end", || Ok(self.0.try_wait()?.is_some()))?;
+        let output = self.0.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.code() == Some(exit) && said.contains(words),
+            "{}, not {exit}, `{words}`: {said}",
+            output.status
+        );
+        Ok(())
+    }
+}
+
+type Leaves = BTreeMap<String, String>;
+
+/// All that metadata tells of the machine.
+fn told(scenario_name: &str) -> Result<Leaves> {
+    read_leaves(&scenario(scenario_name)?.folder.join("metadata.json"))
+}
+
+/// The same while the second ENI's MAC is listed, and nothing of it is told yet.
+fn without_the_second(mut leaves: Leaves) -> Leaves {
+    const SECOND: &str = "network/interfaces/macs/02:00:00:00:00:02/";
+    leaves.retain(|key, _| !key.starts_with(SECOND));
+    leaves.insert(format!("{SECOND}mac"), "02:00:00:00:00:02".into());
+    leaves
+}
+
+fn turns(machine: &Machine) -> u64 {
+    let text = fs::read_to_string(machine.directory.join("lock")).unwrap_or_default();
+    text.trim().parse().unwrap_or_default()
+}
+
+/// Starts a run that has acted and waits for the second ENI.
+fn waiting(machine: &Machine) -> Result<Meanwhile> {
+    machine.publish(without_the_second(told(TWO)?));
+    let waits = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+    until("the first turns of a run that waits", || Ok(turns(machine) > 2))?;
+    Ok(waits)
+}
+
+#[test]
+fn a_run_that_waits_keeps_nobody_out() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let waits = waiting(machine)?;
+            let started = Instant::now();
+            let other = machine.eniup("reconcile --timeout 300ms")?;
+            ensure!(other.exit == 3, "{}: {}", other.exit, other.stderr);
+            ensure!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+            machine.publish(told(TWO)?);
+            waits.ends(0, "")?;
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
+fn it_does_not_undo_what_another_has_done_on_newer_metadata() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            // The primary's list is what changes; the second ENI is what is waited for.
+            let waits = waiting(machine)?;
+            let key = "network/interfaces/macs/02:00:00:00:00:01/local-ipv4s";
+            let more = format!("{}\n10.0.0.77", told(TWO)?[key]);
+            let mut leaves = told(TWO)?;
+            leaves.insert(key.into(), more);
+            machine.publish(without_the_second(leaves.clone()));
+            let other = machine.eniup("reconcile --timeout 300ms")?;
+            ensure!(other.exit == 3 && ip("addr show eth01")?.contains("10.0.0.77"), "{}", other.stderr);
+            machine.publish(leaves);
+            waits.ends(0, "")?;
+            ensure!(ip("addr show eth01")?.contains("10.0.0.77"), "the address is gone");
+            machine.assert_settled()
+        })
+    });
+}
+
+#[test]
+fn it_does_not_bring_back_what_was_released_meanwhile() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let waits = waiting(machine)?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "{}", release.stderr);
+            machine.publish(told(TWO)?);
+            waits.ends(3, "has taken everything away meanwhile")?;
+            ensure!(!ip("rule show")?.contains("proto 176") && !ip("addr show eth02")?.contains("10.0.1.20"));
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_run_on_trial_that_has_changed_anything_waits_for_no_eni() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            let mut leaves = told(THREE)?;
+            leaves.remove("network/interfaces/macs/02:00:00:00:00:03/local-ipv4s");
+            machine.publish(leaves);
+            let started = Instant::now();
+            let trial = Meanwhile::start(machine, "reconcile --confirm 10 --timeout 15s")?;
+            let path = machine.directory.join("trial.json");
+            until("the trial", || Ok(path.exists() && machine.eniup("confirm --timeout 100ms")?.exit == 0))?;
+            trial.ends(3, "")?;
+            ensure!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+            Ok(())
+        })
+    });
+}
+
+/// A service that takes its time for every answer, so that a run holds the lock meanwhile.
+#[test]
+fn a_terminal_cannot_stop_a_run_that_holds_the_lock_and_one_that_waits_keeps_nobody_out() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.service.set_latency(Duration::from_millis(400));
+            let before = turns(machine);
+            let acts = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+            until("its turn", || Ok(turns(machine) > before))?;
+            ensure!(acts.ignores_stops()?, "it can be stopped");
+            acts.ends(0, "")?;
+            machine.service.set_latency(Duration::ZERO);
+            let waits = waiting(machine)?;
+            // While it acts it cannot be stopped by its terminal, and by SIGSTOP it is not meant to be.
+            until("it is stopped while it waits", || {
+                waits.signal(libc::SIGSTOP);
+                until("it is stopped", || Ok(waits.status("State")?.starts_with('T')))?;
+                let is_waiting = !waits.ignores_stops()?;
+                if !is_waiting {
+                    waits.signal(libc::SIGCONT);
+                }
+                Ok(is_waiting)
+            })?;
+            let other = machine.eniup("reconcile --timeout 300ms")?;
+            ensure!(other.exit == 3, "{}: {}", other.exit, other.stderr);
+            machine.publish(told(TWO)?);
+            waits.signal(libc::SIGCONT);
+            waits.ends(0, "")
+        })
+    });
+}
+
+/// `mkfifo` in the place of each file: nobody will ever write to it, and nobody reads.
+#[test]
+fn what_is_no_file_keeps_no_run_waiting() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            for (name, exit) in [("ledger.json", 0), ("trial.json", 0), ("history", 0), ("lock", 1)] {
+                let path = machine.directory.join(name);
+                let _ = fs::remove_file(&path);
+                let mkfifo = run(Command::new("mkfifo").arg(&path))?;
+                ensure!(mkfifo.exit == 0, "{}", mkfifo.stderr);
+                for verb in ["reconcile --timeout 1s", "reconcile --automatic --timeout 1s"] {
+                    let mut child = Meanwhile::start(machine, verb)?;
+                    until(&format!("{verb} beside a FIFO as {name}"), || Ok(child.0.try_wait()?.is_some()))?;
+                    child.ends(exit, if exit == 0 { "" } else { "it is there and is no file" })?;
+                }
+                let status = machine.eniup("status --timeout 1s")?;
+                ensure!(status.exit == 0, "status beside a FIFO as {name}: {}", status.stderr);
+                // A trial that cannot be read is taken away by the first run.
+                let _ = fs::remove_file(&path);
+            }
+            machine.reconcile(0)?;
+            machine.assert_settled()
+        })
+    });
+}
+
+/// Whoever waits for a lock that was taken away does not act beside whoever has the one in its place.
+#[test]
+fn a_lock_that_is_taken_away_is_no_reason_to_act_beside_another() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            machine.service.set_latency(Duration::from_millis(300));
+            let path = machine.directory.join("lock");
+            let before = turns(machine);
+            let first = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+            until("the first one's turn", || Ok(turns(machine) > before))?;
+            let second = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+            sleep(Duration::from_millis(100));
+            fs::remove_file(&path)?;
+            let held = fs::File::options().create_new(true).write(true).open(&path)?;
+            held.try_lock()?;
+            first.ends(0, "")?;
+            sleep(Duration::from_millis(200));
+            ensure!(path.exists());
+            drop(held);
+            second.ends(0, "")?;
+            ensure!(turns(machine) == 1, "the second one has acted by the lock that was gone: {}", turns(machine));
+            Ok(())
+        })
+    });
+}
