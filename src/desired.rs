@@ -117,7 +117,8 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
     let mut routes = Vec::new();
     let mut rules = Vec::new();
     for family in Family::BOTH {
-        let subnets = other_subnets(attached, family);
+        // As few as they can be: every packet of this machine passes these rules.
+        let subnets = IpNet::aggregate(&other_subnets(attached, family).into_iter().collect());
         if !eni.has_family(family) || subnets.is_empty() {
             continue;
         }
@@ -126,7 +127,7 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
             for subnet in &subnets {
                 let rule =
                     Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
-                let reason = format!("{}'s own traffic to another ENI's subnet leaves by {}", eni.id, eni.id);
+                let reason = format!("{}'s own traffic to other ENIs' subnets leaves by {}", eni.id, eni.id);
                 rules.push(wanted(rule, reason));
             }
         }

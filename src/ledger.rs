@@ -123,6 +123,11 @@ impl Ledger {
         ledger
     }
 
+    /// The ledger after a snapshot that leaves these.
+    pub fn with_notes(&self, notes: Notes) -> Ledger {
+        Ledger { notes, ..self.clone() }
+    }
+
     /// The ledger after a run with these troubles. One that was there before is as old as it was.
     pub fn with_troubles(&self, troubles: impl Iterator<Item = (String, Noted)>) -> Ledger {
         let aged = |(eni, noted): (String, Noted)| {
@@ -232,12 +237,14 @@ pub fn writing(directory: &Path) -> Option<Writing> {
     Some(Writing { inode: file.ino(), nanoseconds: file.mtime_nsec(), seconds: file.mtime() })
 }
 
-/// Puts an empty ledger in the place of one that cannot be read, so that the log tells of it once.
-pub fn mend(directory: &Path) {
-    if let Err(error) = read(directory) {
+/// The same, with an empty ledger put in the place of one that cannot be read, so that the log tells of it once.
+pub fn load_or_mend(directory: &Path) -> Ledger {
+    read(directory).unwrap_or_else(|error| {
         tracing::warn!("{error:#}; going on with an empty one");
-        save(&empty(), directory);
-    }
+        let ledger = empty();
+        save(&ledger, directory);
+        ledger
+    })
 }
 
 fn read(directory: &Path) -> Result<Ledger> {

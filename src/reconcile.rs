@@ -90,14 +90,14 @@ pub async fn reconcile_on_trial(options: &Options, trial: &mut Trial) -> Result<
 
 async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let mut turn = take_turn(&mut netlink, options).await?;
+    let (mut turn, mut ledger) = take_turn(&mut netlink, options).await?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     let mut reading = Reading::take(&mut imds, &options.config).await?;
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
-        let (settled, attached) = settle(&mut netlink, &reading, options, trial.as_deref_mut()).await?;
+        let (settled, attached) = settle(&mut netlink, &mut ledger, &reading, options, trial.as_deref_mut()).await?;
         report = report.followed_by(settled);
         if let Some(trial) = trial.as_deref_mut().filter(|trial| trial.has_begun()) {
             // Whoever is to confirm it does not wait for what is pending.
@@ -116,7 +116,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
         let ended = Ended { known_primary: ledger::load(&options.directory).primary(), turn: turn.end() };
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        (turn, reading) = match look_again(ended, reading, &attached, &mut netlink, &mut imds, options).await {
+        (turn, ledger, reading) = match look_again(ended, reading, &attached, &mut netlink, &mut imds, options).await {
             Ok(again) => again,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
             Err(error) => {
@@ -127,12 +127,12 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
     }
 }
 
-/// The lock, once no earlier run's trial is in the way.
-async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<Turn> {
+/// The lock, once no earlier run's trial is in the way, and the ledger, which nobody else writes meanwhile.
+async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Ledger)> {
     let turn = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::mend(&options.directory);
+    let ledger = ledger::load_or_mend(&options.directory);
     make_way(netlink, options).await?;
-    Ok(turn)
+    Ok((turn, ledger))
 }
 
 /// What a run remembers of its turn while it waits.
@@ -150,16 +150,16 @@ async fn look_again(
     netlink: &mut Netlink,
     imds: &mut Imds,
     options: &Options,
-) -> Result<(Turn, Reading)> {
-    let turn = take_turn(netlink, options).await?;
-    if ended.known_primary.is_some() && ledger::load(&options.directory).primary().is_none() {
+) -> Result<(Turn, Ledger, Reading)> {
+    let (turn, ledger) = take_turn(netlink, options).await?;
+    if ended.known_primary.is_some() && ledger.primary().is_none() {
         bail!("`eniup release` has taken everything away meanwhile");
     }
     let reading = match turn.is_next_after(ended.turn) {
         true => reading.again(imds, attached, &options.config).await?,
         false => Reading::take(imds, &options.config).await?,
     };
-    Ok((turn, reading))
+    Ok((turn, ledger, reading))
 }
 
 /// What metadata said, and when.
@@ -200,8 +200,8 @@ impl Reading {
 
 /// Everything is decided from which ENI is the primary, so a snapshot that names another one than before is not believed, however
 /// often it says so.
-async fn ensure_known_primary(named: MacAddr, netlink: &mut Netlink, options: &Options) -> Result<()> {
-    match ledger::load(&options.directory).primary() {
+async fn ensure_known_primary(named: MacAddr, ledger: &Ledger, netlink: &mut Netlink) -> Result<()> {
+    match ledger.primary() {
         Some(known) if known != named && netlink.links().await?.values().any(|link| link.mac == Some(known)) => {
             Err(Unusable::another_primary(named, known).into())
         }
@@ -212,13 +212,16 @@ async fn ensure_known_primary(named: MacAddr, netlink: &mut Netlink, options: &O
 /// Makes the kernel agree with what was read; also gives what of that is ours to configure.
 async fn settle(
     netlink: &mut Netlink,
+    ledger: &mut Ledger,
     reading: &Reading,
     options: &Options,
     trial: Option<&mut Trial>,
 ) -> Result<(Report, Attached)> {
     let Reading { tree, all, taken } = reading;
-    ensure_known_primary(all.primary, netlink, options).await?;
-    let believed = believed(all, *taken, netlink, options).await?;
+    ensure_known_primary(all.primary, ledger, netlink).await?;
+    *ledger = std::mem::take(ledger).of(all.primary);
+    let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+    let believed = believed(all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
     let mut attached = all.clone();
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
@@ -226,13 +229,13 @@ async fn settle(
         attached = select(all, tree, observed, &files, &options.config);
         desired(&select(&believed, tree, observed, &files, &options.config), &options.config)
     };
-    let mut report = converge(netlink, desire, all.primary, options, trial).await?;
+    let mut report = converge(netlink, ledger, observed, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
     report.enis = listed(&attached);
     if options.is_hotplug {
         report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
     }
-    note_troubles(&report, all.primary, options);
+    note_troubles(&report, ledger, options);
     Ok((report, attached))
 }
 
@@ -263,16 +266,20 @@ pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config)
 /// # Errors
 /// As for [`reconcile`], metadata apart.
 pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<Report> {
-    let _turn = take_turn(netlink, options).await?;
-    Ok(settle(netlink, reading, options, None).await?.0)
+    let (_turn, mut ledger) = take_turn(netlink, options).await?;
+    Ok(settle(netlink, &mut ledger, reading, options, None).await?.0)
 }
 
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
-async fn believed(attached: &Attached, taken: Taken, netlink: &mut Netlink, options: &Options) -> Result<Attached> {
-    let mut ledger = ledger::load(&options.directory).of(attached.primary);
-    let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+fn believed(
+    attached: &Attached,
+    taken: Taken,
+    observed: &Observed,
+    ledger: &mut Ledger,
+    options: &Options,
+) -> Attached {
     let Judgement { attached, sightings, postponed } = match options.is_automatic {
-        true => judge(attached, &observed, &ledger.notes, taken, &options.config),
+        true => judge(attached, observed, &ledger.notes, taken, &options.config),
         // Whatever was noted, this run acts on what it sees, and what is lost later is lost anew.
         false => Judgement::nothing_is_doubted(attached),
     };
@@ -285,13 +292,16 @@ async fn believed(attached: &Attached, taken: Taken, netlink: &mut Netlink, opti
             false => tracing::info!("{why}"),
         }
     }
-    let moves = moves(&attached, &observed, &ledger.notes.moves, taken, &options.config);
-    let notes = Notes { sightings, moves };
-    if notes != ledger.notes {
-        ledger.notes = notes;
-        ledger::save(&ledger, &options.directory);
+    let moves = moves(&attached, observed, &ledger.notes.moves, taken, &options.config);
+    keep(ledger, ledger.with_notes(Notes { sightings, moves }), options);
+    attached
+}
+
+fn keep(ledger: &mut Ledger, noted: Ledger, options: &Options) {
+    if noted != *ledger {
+        ledger::save(&noted, &options.directory);
+        *ledger = noted;
     }
-    Ok(attached)
 }
 
 /// Milliseconds since boot, time asleep included: `CLOCK_BOOTTIME`.
@@ -341,7 +351,7 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
-        let ledger = ledger::load(&options.directory).of(trial.primary);
+        let mut ledger = ledger::load(&options.directory).of(trial.primary);
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
         let observed = observe_settled(netlink, &ledger, options, patience).await?;
         let plan = rollback(&trial.before, &observed, &options.config);
@@ -351,7 +361,8 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
         if round == ROUNDS {
             bail!("rolling back ({why}) is not complete; not done: {}", unsettled(&plan.steps, &failures).join("; "));
         }
-        note_in_ledger(&ledger, &plan, &observed, options);
+        let noted = ledger.noting(&plan.steps, &observed);
+        keep(&mut ledger, noted, options);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     warn_of(trial.become_state(trial::State::RolledBack(why.into()), &options.directory));
@@ -371,7 +382,7 @@ fn warn_of(written: Result<()>) {
 /// As for [`reconcile`], and no link of that ENI.
 pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     let _turn = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::mend(&options.directory);
+    ledger::load_or_mend(&options.directory);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     if let Some(mut trial) = last_trial(&mut netlink, options).await? {
         // Before anything is taken away, or a rollback would bring some of it back.
@@ -399,6 +410,8 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
 /// Applies until nothing is left to do, a few rounds at most; what is left then is reported.
 async fn converge(
     netlink: &mut Netlink,
+    ledger: &mut Ledger,
+    mut observed: Observed,
     mut desire: impl FnMut(&Observed) -> Desired,
     primary: MacAddr,
     options: &Options,
@@ -407,10 +420,10 @@ async fn converge(
     let mut report = Report::default();
     let mut failures = Vec::new();
     for round in 0.. {
-        let before = ledger::load(&options.directory).of(primary);
-        // Only what this run has changed is worth waiting for.
-        let patience = if round == 0 { Duration::ZERO } else { SETTLING };
-        let observed = observe_settled(netlink, &before, options, patience).await?;
+        if round > 0 {
+            // Only what this run has changed is worth waiting for.
+            observed = observe_settled(netlink, ledger, options, SETTLING).await?;
+        }
         let mut plan = plan(&desire(&observed), &observed, primary, &options.config);
         report.drift = plan.steps.len();
         plan.steps.retain(|step| !options.held_back.contains(&step.operation.to_string()));
@@ -424,31 +437,20 @@ async fn converge(
         if let Some(trial) = &mut trial {
             trial.note(&plan.steps, &observed, &options.directory)?;
         }
-        note_in_ledger(&before, &plan, &observed, options);
+        keep(ledger, ledger.noting(&plan.steps, &observed), options);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     Ok(report)
 }
 
-fn note_in_ledger(ledger: &Ledger, plan: &Plan, observed: &Observed, options: &Options) {
-    let noted = ledger.noting(&plan.steps, observed);
-    if noted != *ledger {
-        ledger::save(&noted, &options.directory);
-    }
-}
-
 /// For `status`: what is not so, and since when.
-fn note_troubles(report: &Report, primary: MacAddr, options: &Options) {
-    let ledger = ledger::load(&options.directory).of(primary);
+fn note_troubles(report: &Report, ledger: &mut Ledger, options: &Options) {
     let since = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
     let noted = |(eni, trouble): (&String, &Trouble)| {
         let is_failed = trouble.state == State::Failed;
         (eni.clone(), Noted { why: trouble.why.clone(), since, is_failed })
     };
-    let noted = ledger.with_troubles(report.troubles.iter().map(noted));
-    if noted != ledger {
-        ledger::save(&noted, &options.directory);
-    }
+    keep(ledger, ledger.with_troubles(report.troubles.iter().map(noted)), options);
 }
 
 /// What the kernel has, once it is done with what it has acknowledged.
