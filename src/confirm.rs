@@ -89,7 +89,7 @@ async fn find_watch(options: &Options, primary: MacAddr, observed: &Observed) ->
     let endpoint = options.endpoint.as_deref();
     let watch = Watch::find(endpoint, &Surroundings::of(observed), &link.name, options.deadline).await?;
     if watch.is_none() {
-        tracing::warn!("metadata is reached by another ENI only, so it is not watched whether {} loses it", link.name);
+        tracing::warn!("metadata is not reached by {0}, so it is not watched whether {0} loses it", link.name);
     }
     Ok(watch)
 }

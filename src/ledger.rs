@@ -4,8 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::UdpSocket;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -194,7 +193,12 @@ pub fn boot() -> Option<String> {
 /// inode, as `/proc` shows it, is given to the next one as soon as a namespace is gone.
 fn namespace_cookie() -> Option<u64> {
     // Of a family that services are allowed anyway.
-    let socket = UdpSocket::bind(("0.0.0.0", 0)).ok()?;
+    // Not bound: all ports may be in use.
+    // SAFETY: it makes a descriptor, which is this function's alone.
+    let socket = unsafe {
+        let number = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        (number >= 0).then(|| OwnedFd::from_raw_fd(number))?
+    };
     let mut cookie = 0u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes, which is what `cookie` has.
@@ -238,10 +242,11 @@ pub fn writing(directory: &Path) -> Option<Writing> {
 }
 
 /// The same, with an empty ledger put in the place of one that cannot be read, so that the log tells of it once.
-pub fn load_or_mend(directory: &Path) -> Ledger {
+/// `now` is in milliseconds since boot.
+pub fn load_or_mend(directory: &Path, now: u64) -> Ledger {
     read(directory).unwrap_or_else(|error| {
         tracing::warn!("{error:#}; going on with an empty one");
-        let ledger = empty();
+        let ledger = empty().with_notes(Notes { unknown_before: Some(now), ..Notes::default() });
         save(&ledger, directory);
         ledger
     })

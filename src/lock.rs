@@ -1,7 +1,6 @@
 //! One run at a time. The lock is the kernel's (`flock`), so it ends with the process that holds it, however that ends.
 
 use std::fs::{self, File, Metadata, TryLockError};
-use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,6 +8,8 @@ use std::{fmt, io};
 
 use anyhow::{Context, Result, ensure};
 use tokio::time::{Instant, sleep};
+
+use crate::whole_file;
 
 /// How often a waiting run looks whether its turn has come.
 const POLL: Duration = Duration::from_millis(20);
@@ -41,36 +42,45 @@ pub fn runtime_directory() -> PathBuf {
 
 /// The right to act, for as long as this lives. It is not stopped by its terminal meanwhile (Ctrl-Z): nobody else could act.
 pub struct Turn {
-    file: File,
-    /// Turns are numbered, as long as the file can be read and written.
-    number: Option<u64>,
+    _file: File,
     _unstopped: Unstopped,
 }
 
-impl Turn {
-    /// Ends it, and says which one it was.
-    pub fn end(self) -> Option<u64> {
-        self.number
-    }
+/// What was done in all turns, as the lock's file counts it. Whoever gives its turn away sees by it what others have done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Deeds {
+    /// Rounds of changes.
+    pub changes: u64,
+    /// What somebody has decided by hand about changes: a release, a run on trial, its end.
+    pub decisions: u64,
+}
 
-    /// Whether nobody else has had a turn since that one.
-    pub fn is_next_after(&self, ended: Option<u64>) -> bool {
-        ended.is_some_and(|ended| self.number == Some(ended + 1))
-    }
+/// # Errors
+/// The file cannot be read. What is no number in it counts as none.
+pub fn deeds(directory: &Path) -> Result<Deeds> {
+    let text = whole_file::read(&directory.join("lock"))?.unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let mut numbers = text.split_whitespace().map(|number| number.parse().unwrap_or_default());
+    Ok(Deeds { changes: numbers.next().unwrap_or_default(), decisions: numbers.next().unwrap_or_default() })
+}
 
-    fn begin(file: File) -> Turn {
-        let mut turn = Turn { file, number: None, _unstopped: Unstopped::begin() };
-        turn.number = turn.count().ok();
-        turn
-    }
+/// To be called by whoever has the turn, before changes are made.
+pub fn count_change(directory: &Path) {
+    count(directory, |deeds| Deeds { changes: deeds.changes.wrapping_add(1), ..deeds });
+}
 
-    /// Of one length always, so that it can be written anew where nothing else can.
-    fn count(&self) -> io::Result<u64> {
-        let mut text = String::new();
-        (&self.file).read_to_string(&mut text)?;
-        let number = text.trim_end().parse().unwrap_or(0u64).wrapping_add(1);
-        self.file.write_all_at(format!("{number:020}\n").as_bytes(), 0)?;
-        Ok(number)
+/// The same for a decision.
+pub fn count_decision(directory: &Path) {
+    count(directory, |deeds| Deeds { decisions: deeds.decisions.wrapping_add(1), ..deeds });
+}
+
+fn count(directory: &Path, more: impl FnOnce(Deeds) -> Deeds) {
+    let Deeds { changes, decisions } = more(deeds(directory).unwrap_or_default());
+    // Of one length always, so that it can be written anew where nothing else can.
+    let text = format!("{changes:020} {decisions:020}\n");
+    let file = File::options().write(true).open(directory.join("lock"));
+    if let Err(error) = file.and_then(|file| file.write_all_at(text.as_bytes(), 0)) {
+        tracing::warn!("cannot count what is done in {}/lock: {error}", directory.display());
     }
 }
 
@@ -90,7 +100,7 @@ pub async fn acquire(directory: &Path, deadline: Instant) -> Result<Turn> {
     let mut file = open(&path).with_context(failed)?;
     loop {
         match file.try_lock() {
-            Ok(()) if is_there(&file, &path) => return Ok(Turn::begin(file)),
+            Ok(()) if is_there(&file, &path) => return Ok(Turn { _file: file, _unstopped: Unstopped::begin() }),
             // Somebody has taken it away, and others lock the one that came in its place.
             Ok(()) => file = open(&path).with_context(failed)?,
             Err(TryLockError::WouldBlock) if Instant::now() < deadline => {

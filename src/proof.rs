@@ -3,6 +3,8 @@
 //! is gone is proof at once; so is an address that metadata gives to another ENI by now, unless it has come from there lately.
 
 use std::collections::BTreeSet;
+// A length of time, no clock.
+use core::time::Duration;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -67,6 +69,9 @@ pub struct Notes {
     pub sightings: BTreeSet<Sighting>,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub moves: BTreeSet<Move>,
+    /// Notes from before then are lost (milliseconds since boot), so any move may be one back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unknown_before: Option<u64>,
 }
 
 /// What a snapshot comes to.
@@ -89,17 +94,18 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
         if attached.ready.contains_key(&mac) && has_twin(link, &links) {
             continue;
         }
-        // Metadata gives it back to where it has just come from: that may be stale.
+        // Metadata gives it back to where it was a moment ago: that may be stale.
         let is_return = |source: &IpNet| {
-            let came = |moved: &&Move| moved.source == *source && moved.to == mac && moved.is_recent(taken);
+            let has_left = |moved: &&Move| moved.source == *source && is_recent(moved.since, taken);
             let is_there = |moved: &Move| attached.ready.get(&moved.from).is_some_and(|eni| eni.has(source));
-            known.moves.iter().filter(came).any(is_there)
+            let is_unknown = known.unknown_before.is_some_and(|before| is_recent(before, taken));
+            is_unknown || known.moves.iter().filter(has_left).any(is_there)
         };
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
             let lost = own.sources.iter().filter(|source| !eni.has(source));
-            let lost = lost.filter(|source| !is_anybodys(source, attached) || is_return(source));
+            let lost = lost.filter(|source| !is_anybodys(source, attached, &links) || is_return(source));
             let stay: Vec<IpNet> = lost
                 .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
@@ -139,7 +145,7 @@ pub fn moves(
     taken: Taken,
     config: &Config,
 ) -> BTreeSet<Move> {
-    let mut moves: BTreeSet<Move> = known.iter().filter(|moved| moved.is_recent(taken)).copied().collect();
+    let mut moves: BTreeSet<Move> = known.iter().filter(|moved| is_recent(moved.since, taken)).copied().collect();
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
     for link in links.iter().filter(|link| !has_twin(link, &links)) {
         let Some((from, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
@@ -147,7 +153,6 @@ pub fn moves(
             let Some((to, _)) = attached.ready.iter().find(|(_, eni)| eni.has(&source)) else { continue };
             let is_this = |moved: &Move| (moved.source, moved.from, moved.to) == (source, from, *to);
             if !moves.iter().any(is_this) {
-                moves.retain(|moved| moved.source != source);
                 moves.insert(Move { source, from, to: *to, since: taken.ended });
             }
         }
@@ -160,9 +165,13 @@ fn has_twin(link: &Link, links: &[&Link]) -> bool {
     links.iter().any(|other| other.index != link.index && other.mac == link.mac)
 }
 
-impl Move {
-    fn is_recent(&self, taken: Taken) -> bool {
-        taken.begun < self.since + policy::RETURN_DOUBT
+fn is_recent(since: u64, taken: Taken) -> bool {
+    taken.begun < since.saturating_add(policy::RETURN_DOUBT)
+}
+
+impl Taken {
+    pub fn duration(self) -> Duration {
+        Duration::from_millis(self.ended.saturating_sub(self.begun))
     }
 }
 
@@ -256,10 +265,13 @@ fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet>
     subnets.iter().filter(is_its).collect()
 }
 
-/// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one.
-fn is_anybodys(source: &IpNet, attached: &Attached) -> bool {
+/// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one. One whose
+/// link is not here cannot.
+fn is_anybodys(source: &IpNet, attached: &Attached, links: &[&Link]) -> bool {
     let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
-    let ready = attached.ready.values().flat_map(|eni| eni.sources(source.family()));
+    let is_here = |mac: &MacAddr| links.iter().filter(|link| link.mac == Some(*mac)).count() == 1;
+    let ready = attached.ready.iter().filter(|(mac, _)| is_here(mac));
+    let ready = ready.flat_map(|(_, eni)| eni.sources(source.family()));
     ready.chain(disputed).any(|theirs| theirs.contains(source))
 }
 

@@ -13,7 +13,7 @@ use crate::desired::{Desired, desired};
 use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
-use crate::lock::{self, Turn};
+use crate::lock::{self, Deeds, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Tree, Unusable};
 use crate::net::{Link, MacAddr, Observed};
@@ -94,6 +94,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     let mut reading = Reading::take(&mut imds, &options.config).await?;
+    let whole_takes = reading.taken.duration();
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
@@ -113,10 +114,12 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         // Others may act meanwhile.
-        let ended = Ended { known_primary: ledger::load(&options.directory).primary(), turn: turn.end() };
+        let Ok(deeds) = lock::deeds(&options.directory) else { return Ok(report) };
+        drop(turn);
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        (turn, ledger, reading) = match look_again(ended, reading, &attached, &mut netlink, &mut imds, options).await {
+        let again = look_again(deeds, whole_takes, reading, &attached, &mut netlink, &mut imds, options);
+        (turn, ledger, reading) = match again.await {
             Ok(again) => again,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
             Err(error) => {
@@ -130,21 +133,19 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
 /// The lock, once no earlier run's trial is in the way, and the ledger, which nobody else writes meanwhile.
 async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Ledger)> {
     let turn = lock::acquire(&options.directory, options.deadline).await?;
-    let ledger = ledger::load_or_mend(&options.directory);
+    let ledger = ledger::load_or_mend(&options.directory, since_boot()?);
     make_way(netlink, options).await?;
     Ok((turn, ledger))
 }
 
-/// What a run remembers of its turn while it waits.
-struct Ended {
-    turn: Option<u64>,
-    known_primary: Option<MacAddr>,
-}
-
-/// Another turn, with what was not settled read anew; after somebody else's turn with all of it, since the other may have
-/// acted on what is newer.
+/// Another turn, with what was not settled read anew; where somebody else has changed anything with all of it, since that may
+/// follow from what is newer.
+///
+/// # Errors
+/// No more is to be done: somebody has decided otherwise meanwhile, or the time does not suffice.
 async fn look_again(
-    ended: Ended,
+    ended: Deeds,
+    whole_takes: Duration,
     reading: Reading,
     attached: &Attached,
     netlink: &mut Netlink,
@@ -152,12 +153,18 @@ async fn look_again(
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
     let (turn, ledger) = take_turn(netlink, options).await?;
-    if ended.known_primary.is_some() && ledger.primary().is_none() {
-        bail!("`eniup release` has taken everything away meanwhile");
-    }
-    let reading = match turn.is_next_after(ended.turn) {
-        true => reading.again(imds, attached, &options.config).await?,
-        false => Reading::take(imds, &options.config).await?,
+    let reading = match lock::deeds(&options.directory)? {
+        Deeds { decisions, .. } if decisions != ended.decisions => {
+            bail!("meanwhile somebody has released what was done, or made a run on trial")
+        }
+        Deeds { changes, .. } if changes == ended.changes => reading.again(imds, attached, &options.config).await?,
+        // What cannot be read for want of time would pass for pending.
+        _ if Instant::now() + whole_takes * 2 > options.deadline => {
+            bail!(
+                "another run has changed something meanwhile, and the time does not suffice to read all of metadata again"
+            )
+        }
+        _ => Reading::take(imds, &options.config).await?,
     };
     Ok((turn, ledger, reading))
 }
@@ -293,7 +300,8 @@ fn believed(
         }
     }
     let moves = moves(&attached, observed, &ledger.notes.moves, taken, &options.config);
-    keep(ledger, ledger.with_notes(Notes { sightings, moves }), options);
+    let notes = Notes { sightings, moves, unknown_before: ledger.notes.unknown_before };
+    keep(ledger, ledger.with_notes(notes), options);
     attached
 }
 
@@ -347,6 +355,7 @@ pub const OVERDUE: &str = "an earlier run was not confirmed in time";
 /// No netlink, or not all could be put back: then the trial stays overdue.
 pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, options: &Options) -> Result<()> {
     trial.until = trial.until.min(since_boot()?);
+    lock::count_decision(&options.directory);
     warn_of(trial.save(&options.directory));
     let mut report = Report::default();
     let mut failures = Vec::new();
@@ -363,6 +372,7 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
         }
         let noted = ledger.noting(&plan.steps, &observed);
         keep(&mut ledger, noted, options);
+        lock::count_change(&options.directory);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     warn_of(trial.become_state(trial::State::RolledBack(why.into()), &options.directory));
@@ -382,12 +392,13 @@ fn warn_of(written: Result<()>) {
 /// As for [`reconcile`], and no link of that ENI.
 pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     let _turn = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::load_or_mend(&options.directory);
+    ledger::load_or_mend(&options.directory, since_boot()?);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     if let Some(mut trial) = last_trial(&mut netlink, options).await? {
         // Before anything is taken away, or a rollback would bring some of it back.
         trial.become_state(trial::State::Superseded, &options.directory)?;
     }
+    lock::count_decision(&options.directory);
     let mut report = Report::default();
     let mut failures = Vec::new();
     // Found once: its name goes with the rest.
@@ -436,8 +447,10 @@ async fn converge(
         }
         if let Some(trial) = &mut trial {
             trial.note(&plan.steps, &observed, &options.directory)?;
+            lock::count_decision(&options.directory);
         }
         keep(ledger, ledger.noting(&plan.steps, &observed), options);
+        lock::count_change(&options.directory);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }
     Ok(report)

@@ -662,6 +662,32 @@ fn one_locked_address_is_no_reason_not_to_use_the_other() {
     });
 }
 
+/// It may have been cut anywhere.
+#[test]
+fn an_answer_that_does_not_say_how_long_it_is_is_none() -> Result<()> {
+    for path in [TOKEN, "*/macs/", "*/local-ipv4s"] {
+        let lab = Lab::new((0..2).map(eni).collect());
+        lab.fault(vec![rule(path, Occurrences::Always, Action::Unmeasured)]);
+        match (path, block_on(lab.snapshot(1.5))) {
+            ("*/local-ipv4s", tree) => ensure!(lab.unknown_keys(&tree?)? == 2),
+            (_, result) => ensure!(matches!(result, Err(Error::NoAnswer { .. })), "{path}: {result:?}"),
+        }
+        lab.fault(vec![rule(path, Occurrences::FirstN(1), Action::Unmeasured)]);
+        ensure!(lab.unknown_keys(&block_on(lab.snapshot(10.0))?)? == 0, "{path}: asked once more it is well");
+    }
+    Ok(())
+}
+
+/// It would go out with each request.
+#[test]
+fn a_token_that_is_longer_than_any_is_refused() -> Result<()> {
+    let lab = Lab::new(vec![eni(0)]);
+    lab.fault(vec![rule(TOKEN, Occurrences::Always, Action::Body("A".repeat(8_000)))]);
+    let error = block_on(lab.snapshot(0.5)).expect_err("it was taken");
+    ensure!(error.to_string().contains("longer than 512 bytes"), "{error}");
+    Ok(())
+}
+
 /// hyper reads interim answers as long as they come, and nothing else on its thread has a turn.
 #[test]
 fn interim_answers_without_end_hold_nothing_up() -> Result<()> {
@@ -703,6 +729,27 @@ fn the_largest_machine_is_read_within_the_packet_limit() {
             ip("link del eth0")?;
         }
         Ok(())
+    });
+}
+
+/// A prohibit route for private IPv6 addresses, at a boot at which IPv4 is late.
+#[test]
+fn ipv4_that_comes_late_is_waited_for_though_ipv6_is_prohibited() {
+    vpc_lab::inside(|| {
+        let network = Network::new()?;
+        ip("-6 route add prohibit fd00:ec2::254/128")?;
+        std::thread::scope(|scope| {
+            let late = scope.spawn(|| {
+                std::thread::sleep(Duration::from_secs(1));
+                ip("addr add 10.0.0.10/24 dev eth0")?;
+                ip("route add default via 10.0.0.1")
+            });
+            let (result, elapsed, tokens) = network.read();
+            late.join().expect("the network came")?;
+            result?;
+            ensure!(elapsed > Duration::from_millis(900), "{elapsed:?} {tokens:?}");
+            Ok(())
+        })
     });
 }
 

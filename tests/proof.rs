@@ -11,7 +11,7 @@ use eniup::config::Config;
 use eniup::eni::Attached;
 use eniup::net::{MacAddr, Observed};
 use eniup::policy::{PROOF_PAUSE, RETURN_DOUBT};
-use eniup::proof::{Judgement, Notes, Sighting, Taken, judge};
+use eniup::proof::{Judgement, Move, Notes, Sighting, Taken, judge};
 use support::machine::{
     Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
 };
@@ -311,6 +311,32 @@ fn taken(after: u64) -> Taken {
     Taken { begun: AT_FIRST.ended + after, ended: AT_FIRST.ended + after + 5 }
 }
 
+/// Twice within a minute, and then a read from before the first time.
+#[test]
+fn what_has_moved_twice_does_not_go_back_to_where_it_was_at_first() -> Result<()> {
+    let scenario = scenario("two-subnets-dual-stack")?;
+    let macs: Vec<MacAddr> = scenario.attached.ready.keys().copied().collect();
+    let third = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 9]).context("no MAC")?;
+    // What metadata gives to the first ENI now, and the second has by way of a third.
+    let source = "10.0.0.77/32".parse()?;
+    let mut stale = scenario.attached.clone();
+    stale.ready.get_mut(&macs[0]).context("no ENI")?.ipv4s.push("10.0.0.77".parse()?);
+    let since = AT_FIRST.ended;
+    let moves = [Move { source, from: macs[0], to: third, since }, Move { source, from: third, to: macs[1], since }];
+    let known = Notes { moves: moves.into(), ..Notes::default() };
+    let mut observed = eniup::plan::fresh_machine(&scenario.attached);
+    let link = observed.links.values().find(|link| link.mac == Some(macs[1])).context("no link")?.index;
+    let address = eniup::policy::address(&Config::default(), source, false);
+    observed.addresses.insert((link, address));
+    let config = Config::default();
+    let soon = judge(&stale, &observed, &known, taken(1_000), &config);
+    ensure!(soon.postponed.iter().any(|lost| lost.source == Some(source)), "{:?}", soon.postponed);
+    ensure!(!soon.attached.ready[&macs[0]].ipv4s.contains(&"10.0.0.77".parse()?), "both have it");
+    let later = judge(&stale, &observed, &known, taken(RETURN_DOUBT), &config);
+    ensure!(later.postponed.is_empty(), "{:?}", later.postponed);
+    Ok(())
+}
+
 fn judged(scenario: &Scenario, attached: &Attached, known: &BTreeSet<Sighting>, taken: Taken) -> Judgement {
     let known = Notes { sightings: known.clone(), ..Notes::default() };
     judge(attached, &scenario.observed(), &known, taken, &Config::default())
@@ -380,6 +406,36 @@ fn what_metadata_gives_to_an_eni_that_is_not_ready_stays_where_it_is() {
     });
 }
 
+/// A detached ENI that metadata lists still, with what it had.
+#[test]
+fn what_metadata_gives_to_an_eni_without_a_link_stays_where_it_is() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut told = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+            machine.reconcile(0)?;
+            let third = |key: &str| format!("network/interfaces/macs/02:00:00:00:00:09/{key}");
+            let of_second: Vec<(String, String)> = told
+                .iter()
+                .filter_map(|(key, body)| {
+                    Some((third(key.strip_prefix("network/interfaces/macs/02:00:00:00:00:02/")?), body.clone()))
+                })
+                .collect();
+            told.extend(of_second);
+            told.insert(third("device-number"), "7".into());
+            told.insert(third("interface-id"), "eni-09".into());
+            told.insert(third("local-ipv4s"), "10.0.1.90\n10.0.1.21".into());
+            told.remove(&third("ipv6s"));
+            told.remove(&third("subnet-ipv6-cidr-blocks"));
+            told.insert("network/interfaces/macs/02:00:00:00:00:02/local-ipv4s".into(), "10.0.1.20".into());
+            machine.publish(told);
+            let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+            ensure!(run.stderr.contains("10.0.1.21") && run.stderr.contains("stays"), "{}: {}", run.exit, run.stderr);
+            ensure!(ip("addr show eth02")?.contains("10.0.1.21/"), "it is gone: {}", run.stderr);
+            Ok(())
+        })
+    });
+}
+
 /// Lets so many milliseconds pass since the moves that were noted.
 fn age_moves(machine: &Machine, milliseconds: u64) -> Result<()> {
     let path = machine.directory.join("ledger.json");
@@ -440,7 +496,12 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 run("reconcile --automatic", on(2), (true, false))?;
                 age_moves(machine, RETURN_DOUBT)?;
                 run("reconcile --automatic", on(3), (false, true))?;
-                run("reconcile", on(2), (true, false))
+                run("reconcile", on(2), (true, false))?;
+                // Where the notes are lost nobody can tell what has moved lately.
+                fs::write(machine.directory.join("ledger.json"), "{")?;
+                run("reconcile --automatic", on(3), (true, false))?;
+                age_notes(machine, PROOF_PAUSE)?;
+                run("reconcile --automatic", on(3), (false, true))
             })?;
         }
         Ok(())

@@ -1,6 +1,7 @@
 //! Where the service is, as an URL says it.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 
 use hyper::Uri;
 
@@ -58,6 +59,10 @@ impl Endpoint {
     /// Below `/`, whatever stands before.
     pub fn path_to(&self, path: &str) -> String {
         format!("{}{path}", self.path)
+    }
+
+    pub fn is_ipv4(&self) -> bool {
+        self.host.parse::<Ipv4Addr>().is_ok()
     }
 
     /// An address without brackets, or a name.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
-use hyper::header::{HOST, HeaderValue};
-use hyper::{Method, Request, StatusCode};
+use hyper::header::{CONTENT_LENGTH, HOST, HeaderValue, TRANSFER_ENCODING};
+use hyper::{Method, Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use super::connections::{Connections, Failure, Question};
@@ -20,6 +20,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Seconds that a token lives: longer than most runs, and renewed in the others.
 const TOKEN_LIFETIME: &str = "300";
+
+/// Bytes of a token, which goes out with every request. Real ones have 56.
+const LONGEST_TOKEN: usize = 512;
 
 /// Bytes of one body. The longest real one, the list of 64 IPv6 addresses, has 2,560.
 const LONGEST_BODY: usize = 64 * 1024;
@@ -91,6 +94,9 @@ pub async fn token(connections: &Connections, pace: &Pace, deadline: Instant) ->
         Attempt::Useless(why) => return Attempt::Useless(why),
     };
     match HeaderValue::from_str(body.trim()) {
+        Ok(token) if token.len() > LONGEST_TOKEN => {
+            not_metadata(format!("its token is longer than {LONGEST_TOKEN} bytes"))
+        }
         Ok(mut token) if !token.is_empty() => {
             // Never in a log or an error message.
             token.set_sensitive(true);
@@ -162,6 +168,8 @@ async fn answer(connections: &Connections, question: Question, turn: &mut Turn<'
         Err(_) => return Attempt::NoWay { fault: Fault::NoAnswer, why: "timed out".into() },
     };
     let attempt = match response.status() {
+        // It ends with the connection, so nobody can tell whether that was its end.
+        StatusCode::OK if !has_length(&response) => not_metadata("its answer does not say how long it is".into()),
         StatusCode::OK => timeout_at(until, body(response.into_body()))
             .await
             .unwrap_or_else(|_| Attempt::Passing { fault: Fault::NoAnswer, why: "timed out".into() }),
@@ -177,6 +185,10 @@ async fn answer(connections: &Connections, question: Question, turn: &mut Turn<'
     // One whose answer was not read to its end is found to be closed when it is needed.
     connections.keep(connection);
     attempt
+}
+
+fn has_length(response: &Response<Incoming>) -> bool {
+    [CONTENT_LENGTH, TRANSFER_ENCODING].iter().any(|name| response.headers().contains_key(name))
 }
 
 /// A body that can be metadata's. One that cannot is asked for again: who answered with it may be gone a moment later.

@@ -105,8 +105,9 @@ pub struct Failures {
     pub shown: String,
     /// Not one answer of any sort: another way may be better.
     pub is_nobody_there: bool,
-    /// The routing table forbids one of them.
+    /// The routing table forbids them, or the one over IPv4, which every instance has.
     pub is_prohibited: bool,
+    is_ipv4_prohibited: bool,
     /// The most telling one.
     pub fault: Option<Fault>,
 }
@@ -119,7 +120,7 @@ pub struct Failures {
 pub async fn race(ways: &[Way], pace: &Pace, deadline: Instant) -> Result<Result<(Way, HeaderValue), Failures>, Error> {
     let mut waiting = ways.iter().enumerate();
     let mut running = FuturesUnordered::new();
-    let mut failures = Failures { is_nobody_there: true, ..Failures::default() };
+    let mut failures = Failures { is_nobody_there: true, is_prohibited: true, ..Failures::default() };
     // What a later way said for good counts when nobody is there on the others.
     let (mut refusal, mut may_answer_later) = (None, false);
     loop {
@@ -164,7 +165,8 @@ impl Failures {
     fn add<T>(&mut self, way: &Way, attempt: Attempt<T>) {
         self.fault = self.fault.max(Some(attempt.fault()));
         let is_prohibited = matches!(attempt, Attempt::Prohibited);
-        self.is_prohibited |= is_prohibited;
+        self.is_ipv4_prohibited |= is_prohibited && way.0.endpoint.is_ipv4();
+        self.is_prohibited = self.is_ipv4_prohibited || self.is_prohibited && is_prohibited;
         self.is_nobody_there &= is_prohibited || matches!(attempt, Attempt::NoWay { .. });
         self.show(&format!("{}: {}", way.shown(), attempt.shown()));
     }

@@ -128,6 +128,8 @@ pub enum Action {
     Unannounced,
     /// The right answer of an HTTP/1.0 server, whose connections end.
     Http10,
+    /// The right answer, whose end is that of its connection: it does not say how long it is.
+    Unmeasured,
 }
 
 impl Rule {
@@ -177,6 +179,7 @@ fn random_rule(random: &mut fastrand::Rng) -> Rule {
         Action::Interim,
         Action::Unannounced,
         Action::Http10,
+        Action::Unmeasured,
     ];
     let action = actions[random.usize(0..actions.len())].clone();
     let occurrences = match action {
@@ -631,7 +634,8 @@ fn response_of_fault(fault: &Action) -> Option<Response> {
         | Action::Stale
         | Action::Interim
         | Action::Unannounced
-        | Action::Http10 => None,
+        | Action::Http10
+        | Action::Unmeasured => None,
     }
 }
 
@@ -698,6 +702,12 @@ fn deliver(request: &Request, response: Response, fault: Option<&Action>, keep_a
             Delivery { bytes: b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000), ending: Ending::Again, ..nothing }
         }
         Some(Action::Unannounced) => Delivery { ending: Ending::Close, ..whole(true) },
+        Some(Action::Unmeasured) => {
+            let Response { body, .. } = &response;
+            let length = format!("Content-Length: {}\r\n", body.len());
+            let text = String::from_utf8_lossy(&whole(false).bytes).replacen(&length, "", 1);
+            Delivery { bytes: text.into_bytes(), ending: Ending::Close, ..whole(false) }
+        }
         Some(Action::Http10) => {
             let text = String::from_utf8_lossy(&whole(false).bytes).replacen("HTTP/1.1", "HTTP/1.0", 1).replacen(
                 "Connection: close\r\n",
@@ -1248,6 +1258,7 @@ mod tests {
         assert_eq!(answer(Action::Interim).unwrap().status, 100);
         assert_eq!(answer(Action::Unannounced).unwrap().text(), MAC);
         assert_eq!(answer(Action::Http10).unwrap().text(), MAC);
+        assert_eq!(answer(Action::Unmeasured).unwrap_err().to_string(), "no length");
     }
 
     #[test]
@@ -1456,8 +1467,8 @@ mod tests {
             let headers = headers.split_terminator("\r\n").map(split).collect();
             let mut answered = Answered { status, headers, body: Vec::new() };
             let is_interim = answered.status < 200;
-            let length: usize =
-                if is_interim { 0 } else { answered.header("Content-Length").unwrap().parse().unwrap() };
+            let length = if is_interim { Some("0") } else { answered.header("Content-Length") };
+            let length: usize = length.ok_or_else(|| cut("no length".into()))?.parse().unwrap();
             while !is_head && self.buffer.len() < length {
                 if self.more()? == 0 {
                     return Err(cut(format!("{} of {length} bytes of a body", self.buffer.len())));
