@@ -73,7 +73,7 @@ impl std::error::Error for Unready {}
 pub async fn wait(target: &Target, endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<String> {
     let what = shown(target);
     let started = Instant::now();
-    let mut events = Events::open().context("listening to the kernel")?;
+    let mut events = Events::open(config.mark).context("listening to the kernel")?;
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
     let mut metadata = Metadata::new(target, endpoint, deadline, config);
     let mut last_why = String::new();

@@ -110,7 +110,7 @@ struct State<'a> {
     pending: BTreeSet<String>,
     eager_pause: Duration,
     fights: Fights,
-    /// Who was the last to take something away, with the process's number.
+    /// Who was the last to take something of ours away, with the process's number.
     last_remover: Option<String>,
     begun: Instant,
     /// When metrics were written last.
@@ -125,7 +125,8 @@ struct State<'a> {
 /// # Errors
 /// It cannot begin, or the kernel tells nothing any more.
 pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
-    let mut events = Events::open().context("listening to the kernel")?;
+    Imds::check(options.endpoint.as_deref())?;
+    let mut events = Events::open(options.config.mark).context("listening to the kernel")?;
     let mut signals = Signals::catch().context("catching signals")?;
     let mut state = State {
         options,
@@ -162,7 +163,10 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                 state.is_settled = false;
                 sleep(QUIET).await;
                 events.forget().context("listening to the kernel")?;
-                state.last_remover = events.last_remover().and_then(process).or(state.last_remover.take());
+                if let Some(port) = events.take_remover() {
+                    // Of one that has ended by now nothing is known, and not that it was the one before.
+                    state.last_remover = process(port);
+                }
                 state.look().await?;
             }
             Event::Read(answer) => {
@@ -398,7 +402,7 @@ impl State<'_> {
                 pause.as_secs(),
                 self.last_remover
                     .iter()
-                    .map(|who| format!("; the last to take something away: {who}"))
+                    .map(|who| format!("; the last to take something of eniup's away: {who}"))
                     .collect::<String>(),
                 suspects()
             );

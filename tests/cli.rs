@@ -116,6 +116,7 @@ fn what_can_be_told_from_the_arguments_alone_is_a_usage_error_with_a_hint() {
                 ("status --imds-endpoint 169.254.169.254", &["169.254.169.254", "http://169.254.169.254"]),
                 ("status --imds-endpoint https://127.0.0.1/", &["https://127.0.0.1", "http://"]),
                 ("status --imds-endpoint http://", &["http://169.254.169.254"]),
+                ("watch --imds-endpoint xx", &["xx", "http://"]),
                 ("reconcile --imds-endpoint file:///etc/passwd", &["file:///etc/passwd", "http://"]),
             ] {
                 let run = machine.eniup(arguments)?;

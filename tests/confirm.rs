@@ -618,6 +618,25 @@ fn what_others_do_meanwhile_stays() {
     });
 }
 
+/// Two refusals, and one answer that takes its time: whoever then goes on trial is watched all the same.
+#[test]
+fn a_hiccup_before_a_run_on_trial_does_not_keep_metadata_from_being_watched() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            for (times, action) in [(2, Action::Status(503)), (2, Action::Delay(Duration::from_millis(700)))] {
+                let rules = vec![Rule::new("/latest/api/token", Occurrences::FirstN(times), action.clone())];
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+                let deadline = runtime.block_on(async { tokio::time::Instant::now() }) + PATIENCE;
+                let surroundings = Surroundings::default();
+                let find = Watch::find(Some(&machine.endpoint), &surroundings, "eth01", deadline);
+                ensure!(runtime.block_on(find)?.is_some(), "{action:?}: not found");
+            }
+            Ok(())
+        })
+    });
+}
+
 /// The service answers all the same: the network is not to blame, and the first answer that does not come neither.
 #[test]
 fn a_service_in_trouble_is_not_one_that_is_out_of_reach() {

@@ -254,7 +254,7 @@ fn the_process_that_undoes_a_change_again_and_again_is_named() {
         let mut rival = web.lab.command("web", "ip")?;
         let mut rival = rival.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()?;
         let mut commands = rival.stdin.take().context("stdin")?;
-        let name = format!("the last to take something away: ip (process {})", rival.id());
+        let name = format!("the last to take something of eniup's away: ip (process {})", rival.id());
         let named = until("it is named", || {
             commands.write_all(b"rule del priority 24001\n")?;
             Ok(watch.lines.try_iter().any(|line| line.contains(&name)))
@@ -262,6 +262,32 @@ fn the_process_that_undoes_a_change_again_and_again_is_named() {
         drop(commands);
         rival.wait()?;
         named.map(drop)
+    });
+}
+
+/// Somebody who takes away what is not eniup's, and stays; and commands that undo and are gone at once.
+#[test]
+fn who_takes_away_what_is_not_ours_is_not_named() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let mut other = web.lab.command("web", "ip")?;
+        let mut other = other.args(["-force", "-batch", "-"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+        let mut commands = other.stdin.take().context("stdin")?;
+        let mut said = String::new();
+        until("it gives way", || {
+            commands.write_all(b"route add 10.99.0.0/24 dev lo\nroute del 10.99.0.0/24 dev lo\n")?;
+            // Perhaps not there at this moment.
+            let _ = web.ip("rule del priority 24001");
+            said.extend(watch.lines.try_iter());
+            Ok(said.contains("somebody undoes this again and again"))
+        })?;
+        let name = format!("process {}", other.id());
+        drop(commands);
+        other.wait()?;
+        ensure!(!said.contains(&name), "{said}");
+        Ok(())
     });
 }
 

@@ -193,9 +193,7 @@ impl Imds {
         surroundings: &Surroundings,
         deadline: Instant,
     ) -> Result<Imds, Error> {
-        if std::env::var("AWS_EC2_METADATA_DISABLED").is_ok_and(|value| value.eq_ignore_ascii_case("true")) {
-            return Err(Error::Disabled);
-        }
+        Imds::check(endpoint)?;
         let endpoints = way::endpoints(endpoint, surroundings)?;
         let plain = way::ways(&endpoints, None);
         let shown: Vec<String> = plain.iter().map(Way::shown).collect();
@@ -233,6 +231,17 @@ impl Imds {
                 return Err(Error::NoAnswer { endpoints: shown, fault, last: last.shown, waited });
             }
         }
+    }
+
+    /// For whoever is to ask again and again.
+    ///
+    /// # Errors
+    /// Those that time does not heal: it is switched off, or the endpoint cannot be used.
+    pub fn check(endpoint: Option<&str>) -> Result<(), Error> {
+        if std::env::var("AWS_EC2_METADATA_DISABLED").is_ok_and(|value| value.eq_ignore_ascii_case("true")) {
+            return Err(Error::Disabled);
+        }
+        way::endpoints(endpoint, &Surroundings::default()).map(drop)
     }
 
     /// Whatever is asked from now on has to be answered by then.

@@ -9,11 +9,9 @@ use super::http::{self, Attempt};
 use super::pace::Pace;
 use super::way::{self, Surroundings, Way};
 
-/// How long a way is tried at first, and how often: the service has just answered, and by the same way it does so within
-/// milliseconds, but for a hiccup.
-const FIRST_TIME: Duration = Duration::from_millis(1_500);
-const FIRST_TRIES: usize = 3;
-const PAUSE: Duration = Duration::from_millis(200);
+/// How long each way is tried: the service has just answered, and by the same way it does so within milliseconds. After a
+/// hiccup both are tried for longer.
+const TIMES: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
 /// A way to the service that is looked at again and again.
 pub struct Watch {
@@ -33,13 +31,12 @@ impl Watch {
         deadline: Instant,
     ) -> Result<Option<Watch>, Error> {
         let endpoints = way::endpoints(endpoint, surroundings)?;
-        for link in [Some(link); FIRST_TRIES].into_iter().chain([None; FIRST_TRIES]) {
+        for (time, link) in TIMES.into_iter().flat_map(|time| [(time, Some(link)), (time, None)]) {
             let (ways, pace) = (way::ways(&endpoints, link), Pace::default());
-            let until = deadline.min(Instant::now() + FIRST_TIME);
+            let until = deadline.min(Instant::now() + time);
             if let Ok(Ok((way, _))) = way::race(&ways, &pace, until).await {
                 return Ok(Some(Watch { way, pace }));
             }
-            sleep_until(deadline.min(Instant::now() + PAUSE)).await;
         }
         Ok(None)
     }

@@ -3,6 +3,10 @@
 use std::io;
 
 use futures::FutureExt;
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::rule::RuleAttribute;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 
@@ -14,6 +18,8 @@ const REMOVALS: [u16; 3] = [libc::RTM_DELADDR, libc::RTM_DELROUTE, libc::RTM_DEL
 
 pub struct Events {
     socket: TokioSocket,
+    /// The protocol of what is ours.
+    mark: u8,
     last_remover: Option<u32>,
 }
 
@@ -22,11 +28,11 @@ impl Events {
     ///
     /// # Errors
     /// The kernel has no rtnetlink socket to give.
-    pub fn open() -> io::Result<Events> {
+    pub fn open(mark: u8) -> io::Result<Events> {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
         let groups = GROUPS.iter().fold(0, |groups, group| groups | 1 << (group - 1));
         socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
-        Ok(Events { socket, last_remover: None })
+        Ok(Events { socket, mark, last_remover: None })
     }
 
     /// Waits until something has changed. Events that the kernel had no room for are a change, too.
@@ -48,17 +54,17 @@ impl Events {
         Ok(())
     }
 
-    /// The port of the socket by which something was last taken away: mostly the number of its process, since the kernel gives a
-    /// process's first socket that number.
-    pub fn last_remover(&self) -> Option<u32> {
-        self.last_remover
+    /// The port of the socket by which something of ours was taken away since this was asked last: mostly the number of its
+    /// process, since the kernel gives a process's first socket that number.
+    pub fn take_remover(&mut self) -> Option<u32> {
+        self.last_remover.take()
     }
 
     async fn one(&mut self) -> io::Result<()> {
         let mut datagram = Vec::with_capacity(64 * 1024);
         match self.socket.recv(&mut datagram).await {
             Ok(_) => {
-                self.last_remover = remover(&datagram).or(self.last_remover);
+                self.last_remover = remover(&datagram, self.mark).or(self.last_remover);
                 Ok(())
             }
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
@@ -67,9 +73,29 @@ impl Events {
     }
 }
 
-/// Who has asked for what the message tells of, if it tells of a removal. The kernel's own doing has port 0.
-fn remover(message: &[u8]) -> Option<u32> {
-    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
-    let port = u32::from_ne_bytes(message.get(12..16)?.try_into().ok()?);
-    (REMOVALS.contains(&kind) && port != 0).then_some(port)
+/// Who has asked for what the message tells of, if it tells of the removal of something with this mark. The kernel's own doing
+/// has port 0.
+fn remover(datagram: &[u8], mark: u8) -> Option<u32> {
+    let kind = u16::from_ne_bytes(datagram.get(4..6)?.try_into().ok()?);
+    if !REMOVALS.contains(&kind) {
+        return None;
+    }
+    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram).ok()?;
+    let protocol = match message.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => u8::from(route.header.protocol),
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRule(rule)) => {
+            rule.attributes.iter().find_map(|attribute| match attribute {
+                RuleAttribute::Protocol(number) => Some(u8::from(*number)),
+                _ => None,
+            })?
+        }
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelAddress(address)) => {
+            address.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Protocol(number) => Some(u8::from(*number)),
+                _ => None,
+            })?
+        }
+        _ => return None,
+    };
+    Some(message.header.port_number).filter(|port| *port != 0 && protocol == mark)
 }
