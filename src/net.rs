@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 /// An Ethernet address; shown as six lower-case hexadecimal bytes joined by colons.
@@ -271,6 +271,16 @@ pub struct Observed {
     pub rules: BTreeSet<Rule>,
     /// Whether the kernel has IPv6 at all (it can be booted with `ipv6.disable=1`).
     pub has_ipv6: bool,
+}
+
+impl Observed {
+    /// A link's addresses, in their order.
+    pub fn addresses_on(&self, link: u32) -> impl Iterator<Item = &Address> {
+        let net = IpNet::V4(Ipv4Net::default());
+        let least = Address { net, is_deprecated: false, has_prefix_route: false, is_leased: false, protocol: 0 };
+        let from = self.addresses.range((link, least)..).take_while(move |(index, _)| *index == link);
+        from.map(|(_, address)| address)
+    }
 }
 
 #[cfg(test)]

@@ -231,12 +231,12 @@ impl Plan {
         rules
     }
 
-    fn want_objects<'a>(
+    fn want_objects(
         &mut self,
         eni: &DesiredEni,
         link: &Link,
         desired: &Desired,
-        observed: &'a Observed,
+        observed: &Observed,
         keep: &mut Keep,
         config: &Config,
     ) {
@@ -256,8 +256,7 @@ impl Plan {
             keep.rules.insert(rule.clone());
             self.want_rule(Some(eni), &Wanted { object: rule, reason }, observed);
         }
-        let of_link = |(index, address): &'a (u32, Address)| (*index == link.index).then_some(address);
-        let on_link: Vec<&Address> = observed.addresses.iter().filter_map(of_link).collect();
+        let on_link: Vec<&Address> = observed.addresses_on(link.index).collect();
         let left_alone = on_link.iter().filter(|address| eni.left_alone.contains(&address.net.addr().into()));
         keep.addresses.extend(left_alone.map(|address| (link.index, **address)));
         for address in eni.addresses.iter().filter(|address| is_possible(address.object.net.family())) {
@@ -303,7 +302,10 @@ impl Plan {
         keep: &mut Keep,
         config: &Config,
     ) {
-        let same = on_link.iter().copied().filter(|address| address.net.addr() == wanted.object.net.addr());
+        // They are in order, and an ENI may have many.
+        let address = wanted.object.net.addr();
+        let first = on_link.partition_point(|there| there.net.addr() < address);
+        let same = on_link[first..].iter().copied().take_while(|there| there.net.addr() == address);
         let same: Vec<&Address> = same.collect();
         keep.addresses.insert((link.index, wanted.object));
         if same.iter().any(|address| !policy::owns_address(config, address) || **address == wanted.object) {

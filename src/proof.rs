@@ -220,8 +220,7 @@ impl Own {
             on_link.filter(|route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE).collect();
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
-        let addresses = observed.addresses.iter().filter(|(index, _)| *index == link.index);
-        let addresses = addresses.filter(|(_, address)| policy::owns_address(config, address));
+        let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
         let is_prefix = |rule: &&Rule| {
             let is_source_alone = rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none();
             policy::owns_rule(config, rule) && is_source_alone && tables.contains(&rule.table)
@@ -238,7 +237,7 @@ impl Own {
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         Own {
-            sources: addresses.map(|(_, address)| address.net.addr().into()).chain(prefixes).collect(),
+            sources: addresses.map(|address| address.net.addr().into()).chain(prefixes).collect(),
             subnets: in_tables.clone(),
             has_routes: !routes.is_empty(),
         }
