@@ -171,7 +171,8 @@ fn it_does_not_make_again_what_was_rolled_back_meanwhile() {
             machine.publish(leaves);
             let trial = machine.eniup("reconcile --confirm 1 --timeout 5s")?;
             ensure!(trial.stderr.contains("rolled back"), "{}: {}", trial.exit, trial.stderr);
-            waits.ends(3, "made a run on trial")?;
+            // It may have seen the trial itself, or what became of it.
+            waits.ends(3, "no longer waiting")?;
             ensure!(!ip("addr show eth01")?.contains("10.0.0.77"), "it was made again");
             Ok(())
         })
