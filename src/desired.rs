@@ -117,10 +117,7 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
     let mut routes = Vec::new();
     let mut rules = Vec::new();
     for family in Family::BOTH {
-        let subnets: Vec<IpNet> = other_subnets(attached, family).into_iter().collect();
-        // As few as they can be: every packet of this machine passes these rules. But while anything is pending rules only come,
-        // and what is made of a part of all subnets would stay beside what is made of all.
-        let subnets = if attached.is_complete() { IpNet::aggregate(&subnets) } else { subnets };
+        let subnets = other_subnets(attached, family);
         if !eni.has_family(family) || subnets.is_empty() {
             continue;
         }
