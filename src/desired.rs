@@ -126,7 +126,7 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
             for subnet in &subnets {
                 let rule =
                     Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
-                let reason = format!("{}'s own traffic to other ENIs' subnets leaves by {}", eni.id, eni.id);
+                let reason = format!("{}'s own traffic to another ENI's subnet leaves by {}", eni.id, eni.id);
                 rules.push(wanted(rule, reason));
             }
         }

@@ -114,7 +114,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         // Others may act meanwhile.
-        let Ok(deeds) = lock::deeds(&options.directory) else { return Ok(report) };
+        let deeds = lock::deeds(&options.directory);
         drop(turn);
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
@@ -144,7 +144,7 @@ async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Le
 /// # Errors
 /// No more is to be done: somebody has decided otherwise meanwhile, or the time does not suffice.
 async fn look_again(
-    ended: Deeds,
+    ended: Result<Deeds>,
     whole_takes: Duration,
     reading: Reading,
     attached: &Attached,
@@ -152,6 +152,7 @@ async fn look_again(
     imds: &mut Imds,
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
+    let ended = ended?;
     let (turn, ledger) = take_turn(netlink, options).await?;
     let reading = match lock::deeds(&options.directory)? {
         Deeds { decisions, .. } if decisions != ended.decisions => {

@@ -168,3 +168,24 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_one_that_took_the_place_of_our
         Ok(())
     });
 }
+
+/// Which boot and namespace notes are of is told by a socket, which needs no port.
+#[test]
+fn notes_are_known_where_all_udp_ports_are_in_use() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ensure!(ip("link show eth02")?.contains("device-number-1"), "it has no such name");
+            fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40127")?;
+            let mut taken = Vec::new();
+            while let Ok(socket) = std::net::UdpSocket::bind(("0.0.0.0", 0)) {
+                taken.push(socket);
+            }
+            ensure!(taken.len() > 100, "{} ports are in use", taken.len());
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "{}", release.stderr);
+            ensure!(!ip("link show eth02")?.contains("device-number-1"), "its notes were not known");
+            Ok(())
+        })
+    });
+}
