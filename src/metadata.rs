@@ -137,6 +137,18 @@ impl Tree {
         self.answers.retain(|path, _| !path.starts_with(directory));
     }
 
+    /// With what was known before where this one could not be read: a failed read takes back nothing that an earlier one told.
+    pub fn or_as_before(mut self, before: Tree) -> Tree {
+        let is_unread = |path: &str| matches!(self.answers.get(path), Some(Answer::Unknown(_)));
+        // What nobody asked for was named by a listing that was not read.
+        let stands = |path: &str| is_unread(path) || !self.answers.contains_key(path) && is_unread(split(path).0);
+        let is_known = |answer: &Answer| !matches!(answer, Answer::Unknown(_));
+        let known: Vec<(String, Answer)> =
+            before.answers.into_iter().filter(|(path, answer)| is_known(answer) && stands(path)).collect();
+        self.answers.extend(known);
+        self
+    }
+
     /// Whether all that was asked for below a directory was there.
     pub fn is_whole_below(&self, directory: &str) -> bool {
         let mut below = self.answers.iter().filter(|(path, _)| path.starts_with(directory));

@@ -5,6 +5,8 @@
 mod support;
 
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -78,62 +80,67 @@ fn at_no_moment_of_a_run_does_an_address_that_stays_lose_its_way() {
     });
 }
 
-/// The same end as without a kill, and so no orphan, whichever operation was the last.
-fn converges_from_every_crash_point(kernel: Kernel, is_meant: impl Fn(usize) -> bool + Sync) {
+/// The same end as without a kill, and so no orphan, whichever operation was the last. How many there were.
+fn converges_from_every_crash_point(kernel: Kernel, scenario: &Scenario) -> Result<usize> {
+    let whole = on_a_machine(|machine| {
+        arrange(machine, scenario)?;
+        machine.eniup(reconcile(&scenario.attached))?;
+        settled_dump()
+    })?;
+    let mut k = 0;
+    while on_a_machine(|machine| {
+        machine.kernel = kernel;
+        arrange(machine, scenario)?;
+        let steps = begin(machine, scenario)?;
+        carry_out(&steps[..k])?;
+        let run = machine.eniup(reconcile(&scenario.attached))?;
+        ensure!([0, 3].contains(&run.exit), "exit {}: {}", run.exit, run.stderr);
+        let plan = machine.eniup("plan")?;
+        ensure!(plan.stdout.is_empty(), "left to do:\n{}", plan.stdout);
+        let difference = difference(&whole, &settled_dump()?);
+        ensure!(difference.is_empty(), "another end than without a kill:\n{difference}");
+        Ok(k < steps.len())
+    })
+    .with_context(|| format!("{}, killed after operation {k}", scenario.name))?
+    {
+        k += 1;
+    }
+    Ok(k + 1)
+}
+
+/// Side by side, as most of the time is spent waiting for what is pending.
+fn every_scenario_converges_from_every_crash_point(kernel: Kernel) {
     inside(|| {
-        let scenarios = scenarios()?;
-        let mut points = 0;
-        for (_, scenario) in scenarios.iter().enumerate().filter(|(n, _)| is_meant(*n)) {
-            let whole = on_a_machine(|machine| {
-                arrange(machine, scenario)?;
-                machine.eniup(reconcile(&scenario.attached))?;
-                settled_dump()
-            })?;
-            let mut k = 0;
-            while on_a_machine(|machine| {
-                machine.kernel = kernel;
-                arrange(machine, scenario)?;
-                let steps = begin(machine, scenario)?;
-                carry_out(&steps[..k])?;
-                let run = machine.eniup(reconcile(&scenario.attached))?;
-                ensure!([0, 3].contains(&run.exit), "exit {}: {}", run.exit, run.stderr);
-                let plan = machine.eniup("plan")?;
-                ensure!(plan.stdout.is_empty(), "left to do:\n{}", plan.stdout);
-                let difference = difference(&whole, &settled_dump()?);
-                ensure!(difference.is_empty(), "another end than without a kill:\n{difference}");
-                Ok(k < steps.len())
-            })
-            .with_context(|| format!("{}, killed after operation {k}", scenario.name))?
-            {
-                k += 1;
+        let waiting = Mutex::new(scenarios()?.into_iter());
+        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || -> Result<usize> {
+            let mut points = 0;
+            while let Some(scenario) = next() {
+                points += converges_from_every_crash_point(kernel, &scenario)?;
             }
-            points += k + 1;
-        }
+            Ok(points)
+        };
+        let points = thread::scope(|scope| {
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(work)).collect();
+            workers
+                .into_iter()
+                .map(|worker| worker.join().expect("a worker gives its error back"))
+                .sum::<Result<usize>>()
+        })?;
         eprintln!("killed after {points} operations");
-        ensure!(points > 250, "only {points} crash points");
+        ensure!(points > 500, "only {points} crash points");
         Ok(())
     });
 }
 
-// Two halves, so that they run side by side.
 #[test]
-fn killed_after_any_operation_of_the_first_half_the_next_run_converges() {
-    converges_from_every_crash_point(Kernel::Own, |n| n % 2 == 0);
+fn killed_after_any_operation_the_next_run_converges() {
+    every_scenario_converges_from_every_crash_point(Kernel::Own);
 }
 
 #[test]
-fn killed_after_any_operation_of_the_second_half_the_next_run_converges() {
-    converges_from_every_crash_point(Kernel::Own, |n| n % 2 == 1);
-}
-
-#[test]
-fn killed_on_a_kernel_that_forgets_the_mark_of_addresses_the_next_run_of_the_first_half_converges() {
-    converges_from_every_crash_point(Kernel::Old, |n| n % 2 == 0);
-}
-
-#[test]
-fn killed_on_a_kernel_that_forgets_the_mark_of_addresses_the_next_run_of_the_second_half_converges() {
-    converges_from_every_crash_point(Kernel::Old, |n| n % 2 == 1);
+fn killed_on_a_kernel_that_forgets_the_mark_of_addresses_the_next_run_converges() {
+    every_scenario_converges_from_every_crash_point(Kernel::Old);
 }
 
 /// Scenarios in which a fresh machine is configured whole.
@@ -228,7 +235,7 @@ fn release_after_a_kill_at_any_instant_leaves_the_machine_as_it_was_found() {
                 }
                 let mut run = machine.command("reconcile").stderr(Stdio::null()).spawn()?;
                 // Each time a little later; the instant is what is tried.
-                std::thread::sleep(usual * n / 50);
+                thread::sleep(usual * n / 50);
                 run.kill()?;
                 killed += usize::from(!run.wait()?.success());
                 let release = machine.eniup("release")?;

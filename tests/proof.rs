@@ -17,6 +17,7 @@ use support::machine::{
 };
 use support::moments::{arrange, observe, settled_dump};
 use support::{Scenario, scenarios};
+use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 use vpc_lab::metadata::Published;
 
 /// Those in which a machine may have to give something up, and no link is somebody else's.
@@ -503,6 +504,35 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 age_notes(machine, PROOF_PAUSE)?;
                 run("reconcile --automatic", on(3), (false, true))
             })?;
+        }
+        Ok(())
+    });
+}
+
+/// While a run waits for what is pending, reads that fail take back nothing that it was told before: not what a key has, and
+/// not which keys there are.
+#[test]
+fn a_later_look_that_fails_makes_nothing_less_known() {
+    inside(|| {
+        let dump_after = |faults: Option<Rule>| {
+            with_scenario("disputed-address-is-left-out", |machine| {
+                let rules = faults.iter().cloned().collect();
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+                let run = machine.eniup("reconcile --timeout 700ms")?;
+                ensure!(run.exit == 3, "{}: {}", run.exit, run.stderr);
+                let requests = machine.service.requests();
+                let asked = requests.gets_by_path["/latest/meta-data/network/interfaces/macs/02:00:00:00:00:02/"];
+                ensure!(asked > 1 && (faults.is_none() || requests.faults > 0), "{requests:?}");
+                settled_dump()
+            })
+        };
+        let whole = dump_after(None)?;
+        // The first look meets none of them; `*/02:00:00:00:00:02/` is the listing of the keys.
+        let (keys, listing) = ("*/macs/02:00:00:00:00:02/local-ipv4s", "*/macs/02:00:00:00:00:02/");
+        for (path, action) in [(keys, Action::Hang), (keys, Action::Status(503)), (listing, Action::Status(503))] {
+            let rule = Rule::new(path, Occurrences::EveryNth(2), action.clone());
+            let difference = difference(&whole, &dump_after(Some(rule))?);
+            ensure!(difference.is_empty(), "{path} {action:?}: another end:\n{difference}");
         }
         Ok(())
     });

@@ -283,11 +283,12 @@ impl Imds {
     }
 
     /// The snapshot as it is by now, as far as these ENIs are concerned, and those that have come or gone since. What was
-    /// read of the others stands.
+    /// read of the others stands, and so does what cannot be read now.
     ///
     /// # Errors
     /// As for [`Imds::snapshot`].
     pub async fn ask_again(&mut self, mut tree: Tree, enis: &BTreeSet<MacAddr>, scope: Scope) -> Result<Tree, Error> {
+        let before = tree.clone();
         tree.forget(INTERFACES);
         for mac in enis {
             tree.forget_below(&eni_directory(*mac));
@@ -303,7 +304,7 @@ impl Imds {
         for mac in enis {
             reading.ask_for_eni(*mac);
         }
-        self.read(reading).await
+        Ok(self.read(reading).await?.or_as_before(before))
     }
 
     /// The same snapshot with what changes in an ENI's life read anew: which there are, and what they have.

@@ -16,9 +16,9 @@ use super::machine::{self, Kernel, Machine, dump, ip};
 /// Far away; its way is the default route.
 const FAR: [&str; 2] = ["198.51.100.7", "2001:db8:100::7"];
 
-/// A run that waits for pending ENIs no longer than it needs to ask for what there is.
+/// A run that waits for pending ENIs no longer than a busy machine needs to ask for what there is.
 pub fn reconcile(attached: &Attached) -> &'static str {
-    if attached.is_complete() { "reconcile" } else { "reconcile --timeout 500ms" }
+    if attached.is_complete() { "reconcile" } else { "reconcile --timeout 1s" }
 }
 
 /// The machine as the scenario finds it, in the real kernel.
