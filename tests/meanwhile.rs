@@ -165,8 +165,9 @@ fn error(errno: i32) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-fn is_dump(message: &Message) -> bool {
-    i32::from(message.flags()) & libc::NLM_F_DUMP == libc::NLM_F_DUMP
+/// For a dump or for one object: rtnetlink numbers its messages new, delete, get, set.
+fn is_question(message: &Message) -> bool {
+    message.kind() >= libc::RTM_NEWLINK && message.kind() % 4 == libc::RTM_GETLINK % 4
 }
 
 /// The changes that a program asks for; the kernel never hears of those that are meant, and the program is told that it refuses
@@ -176,7 +177,7 @@ fn refusing(errno: i32, mut is_meant: impl FnMut(&Message) -> bool) -> impl FnMu
     move |datagram| {
         match datagram {
             Datagram::Said(datagram) => {
-                for mut message in messages(datagram).into_iter().filter(|message| !is_dump(message)) {
+                for mut message in messages(datagram).into_iter().filter(|message| !is_question(message)) {
                     if is_meant(&message) {
                         refused.insert(message.sequence());
                         // The kernel acknowledges it and does nothing.
@@ -226,8 +227,8 @@ fn assert_mended(machine: &Machine, whole: &[String]) -> Result<()> {
 struct Moment {
     left: Cell<usize>,
     took_place: Cell<bool>,
-    /// What the program said last was a request for a dump.
-    is_dumping: Cell<bool>,
+    /// What the program said last was a question.
+    is_asking: Cell<bool>,
 }
 
 impl Moment {
@@ -239,7 +240,7 @@ impl Moment {
 
     fn listen(&self, datagram: &mut Datagram) {
         if let Datagram::Said(said) = datagram {
-            self.is_dumping.set(messages(said).first().is_some_and(is_dump));
+            self.is_asking.set(messages(said).first().is_some_and(is_question));
         }
     }
 }
@@ -255,7 +256,7 @@ fn at_each_moment(
     let whole = undisturbed()?;
     for n in 0.. {
         let took_place = on_three_enis(|machine| {
-            let moment = Moment { left: Cell::new(n), took_place: Cell::new(false), is_dumping: Cell::new(false) };
+            let moment = Moment { left: Cell::new(n), took_place: Cell::new(false), is_asking: Cell::new(false) };
             let mut disturb = disturb(&moment);
             let between = |mut datagram: Datagram| {
                 moment.listen(&mut datagram);
@@ -287,7 +288,7 @@ fn a_dump_for_which_the_kernel_lacks_buffers_is_repeated() {
         let before_it_is_told = at_each_moment(
             |moment| {
                 Box::new(|datagram| match datagram {
-                    Datagram::Awaited if moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    Datagram::Awaited if moment.is_asking.get() && moment.is_now() => error(libc::ENOBUFS),
                     _ => Ok(()),
                 })
             },
@@ -296,7 +297,7 @@ fn a_dump_for_which_the_kernel_lacks_buffers_is_repeated() {
         let and_loses_a_part = at_each_moment(
             |moment| {
                 Box::new(|datagram| match datagram {
-                    Datagram::Told(_) if moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    Datagram::Told(_) if moment.is_asking.get() && moment.is_now() => error(libc::ENOBUFS),
                     _ => Ok(()),
                 })
             },
@@ -314,7 +315,7 @@ fn an_acknowledgement_that_is_lost_for_lack_of_buffers_is_reported() {
         let moments = at_each_moment(
             |moment| {
                 Box::new(|datagram| match datagram {
-                    Datagram::Told(_) if !moment.is_dumping.get() && moment.is_now() => error(libc::ENOBUFS),
+                    Datagram::Told(_) if !moment.is_asking.get() && moment.is_now() => error(libc::ENOBUFS),
                     _ => Ok(()),
                 })
             },
@@ -341,7 +342,7 @@ fn a_dump_that_a_change_interrupts_is_repeated() {
             |moment| {
                 Box::new(|datagram| {
                     if let Datagram::Told(told) = datagram
-                        && moment.is_dumping.get()
+                        && moment.is_asking.get()
                         && moment.is_now()
                     {
                         interrupt(told);
@@ -444,7 +445,7 @@ fn before_each_send(happens: &[&str], check: impl Fn(&Run, &Observed) -> Result<
         let (mut sends, mut between) = (0, None);
         let watch = |datagram: Datagram| {
             if let Datagram::Said(said) = datagram
-                && messages(said).first().is_some_and(|message| !is_dump(message))
+                && messages(said).first().is_some_and(|message| !is_question(message))
             {
                 if sends == n {
                     between = Some(lines.iter().try_for_each(|line| ip(line).map(drop)).and_then(|()| observe()));

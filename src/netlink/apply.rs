@@ -90,21 +90,15 @@ impl Netlink {
     }
 
     async fn write_accept_ra(&mut self, link: &LinkRef, value: i32) -> Result<(), Error> {
-        let name = self.name_of(link.index).await?;
+        let name = self.link_name(link.index).await?;
         let path: PathBuf = ["/proc/sys/net/ipv6/conf", &name, "accept_ra"].iter().collect();
         fs::write(&path, value.to_string()).map_err(|error| {
             Error::Refused(io::Error::new(error.kind(), format!("writing {}: {error}", path.display())))
         })?;
-        match self.name_of(link.index).await? == name {
+        match self.link_name(link.index).await? == name {
             true => Ok(()),
             false => Err(Error::Garbled(format!("{name} was renamed meanwhile; the next run sees to it"))),
         }
-    }
-
-    async fn name_of(&mut self, index: u32) -> Result<String, Error> {
-        let links = self.links().await.map_err(|error| Error::Garbled(format!("{error:#}")))?;
-        let link = links.get(&index).ok_or_else(|| Error::Refused(io::Error::from_raw_os_error(libc::ENODEV)))?;
-        Ok(link.name.clone())
     }
 }
 

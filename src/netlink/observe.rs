@@ -70,6 +70,19 @@ impl Netlink {
         });
         Ok(links.map(|link| (link.index, link)).collect())
     }
+
+    /// The name that a link has at this moment.
+    ///
+    /// # Errors
+    /// No such link (ENODEV), or no usable answer.
+    pub async fn link_name(&mut self, index: u32) -> Result<String, Error> {
+        let mut question = LinkMessage::default();
+        question.header.index = index;
+        match self.request(RouteNetlinkMessage::GetLink(question)).await? {
+            RouteNetlinkMessage::NewLink(message) => Ok(link(&message).name),
+            other => Err(Error::Garbled(format!("{other:?} in answer to a question for link {index}"))),
+        }
+    }
 }
 
 fn is_missing_family(error: &Error) -> bool {
