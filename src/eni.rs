@@ -142,7 +142,8 @@ impl Pending {
     }
 }
 
-/// An address or prefix that metadata gives to another ENI as well, or that overlaps one of another's.
+/// An address or prefix that metadata gives to another ENI as well, that overlaps one of another's, or that another has of which it
+/// is not known what metadata gives it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dispute {
     pub source: IpNet,
@@ -153,7 +154,7 @@ pub struct Dispute {
 impl fmt::Display for Dispute {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let source = show_source(&self.source);
-        write!(f, "{source} overlaps what metadata gives to {}; it is left as it is until that is clear", self.by)
+        write!(f, "{source} overlaps what {} has or is given; it is left as it is until that is clear", self.by)
     }
 }
 
@@ -212,7 +213,7 @@ impl fmt::Display for Reason {
                 "it has network card and device number {slot}, and so has {by}: both would need the same routing table"
             ),
             Reason::SourceTaken { source, by } => {
-                write!(f, "metadata gives {} to it and to {by}", show_source(source))
+                write!(f, "metadata gives {} to it, and {by} has it or is given it, too", show_source(source))
             }
             Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
             Reason::Undecided { by } => {
@@ -328,6 +329,42 @@ impl Attached {
         let is_bare = |eni: &Eni| !Family::BOTH.into_iter().any(|family| eni.has_family(family));
         let bare = self.ready.iter().filter(|(_, eni)| is_bare(eni)).map(|(mac, _)| mac);
         self.pending.keys().chain(self.disputes.keys()).chain(bare).chain(ignored).copied().chain(primary).collect()
+    }
+
+    /// What people call an ENI: its id, or its MAC address where that is not known.
+    pub fn name_of(&self, mac: MacAddr) -> String {
+        let ready = self.ready.get(&mac).map(|eni| eni.id.clone());
+        let pending = || self.pending.get(&mac)?.id.clone();
+        ready.or_else(pending).unwrap_or_else(|| format!("ENI {mac}"))
+    }
+
+    /// From ready to pending, with all that is known of it.
+    pub fn set_aside(&mut self, mac: MacAddr, reason: Reason) {
+        if let Some(eni) = self.ready.remove(&mac) {
+            self.disputes.remove(&mac);
+            self.pending.insert(mac, Pending::of(eni, reason));
+        }
+    }
+
+    /// Leaves ready ENIs without what is disputed. One whose first address is waits as a whole.
+    pub fn leave_disputed(&mut self, conflicts: Vec<(MacAddr, Dispute)>) {
+        for (mac, dispute) in conflicts {
+            let Some(eni) = self.ready.get(&mac) else { continue };
+            let is_first = eni.ipv4s.first().is_some_and(|first| dispute.source == IpAddr::from(*first).into());
+            if is_first {
+                let Dispute { source, by } = dispute;
+                self.set_aside(mac, Reason::SourceTaken { source, by });
+                continue;
+            }
+            let of_eni = self.disputes.entry(mac).or_default();
+            if !of_eni.contains(&dispute) {
+                of_eni.push(dispute);
+            }
+        }
+        for (mac, disputes) in &self.disputes {
+            let Some(eni) = self.ready.get_mut(mac) else { continue };
+            eni.leave_out(&disputes.iter().map(|dispute| dispute.source).collect::<Vec<_>>());
+        }
     }
 
     /// The ready ENI that is the primary.

@@ -34,6 +34,9 @@ pub struct Ledger {
     primary: Option<MacAddr>,
     /// By link index; a link that comes back has another.
     pub links: BTreeMap<u32, Found>,
+    /// The kernel has shown a mark of ours, so it keeps them all.
+    #[serde(default)]
+    keeps_marks: bool,
     /// What was added, by link index.
     #[serde(default)]
     addresses: BTreeSet<(u32, IpNet)>,
@@ -137,11 +140,18 @@ impl Ledger {
         Ledger { troubles: troubles.map(aged).collect(), ..self.clone() }
     }
 
+    /// The ledger after this was seen as the kernel shows it, if that tells anything new of the kernel.
+    pub fn learning_marks(&self, observed: &Observed, mark: u8) -> Option<Ledger> {
+        let is_shown = || observed.addresses.iter().any(|(_, address)| address.protocol == mark);
+        (!self.keeps_marks && is_shown()).then(|| Ledger { keeps_marks: true, ..self.clone() })
+    }
+
     /// The same, with the mark back on addresses of ours from which the kernel has lost it. `IFA_PROTO` is there since
     /// Linux 5.18; older kernels take it without an error and forget it.
     pub fn recall(&self, mut observed: Observed, mark: u8) -> Observed {
-        // A kernel that knows it puts it on ::1 itself, and shows what others set. Then each address speaks for itself.
-        if observed.addresses.iter().any(|(_, address)| address.protocol != 0) {
+        // A kernel that knows it puts it on ::1 itself, where there is IPv6, and shows what others set. Then each address speaks
+        // for itself.
+        if self.keeps_marks || observed.addresses.iter().any(|(_, address)| address.protocol != 0) {
             return observed;
         }
         let recall = |(index, address): (u32, Address)| {
@@ -220,10 +230,11 @@ fn empty() -> Ledger {
 /// says is needed to put links back as they were found, to take addresses away on an old kernel and to prove what is
 /// gone, and for nothing else.
 pub fn load(directory: &Path) -> Ledger {
-    read(directory).unwrap_or_else(|error| {
+    let known = read(directory).unwrap_or_else(|error| {
         tracing::warn!("{error:#}; going on without it");
-        empty()
-    })
+        None
+    });
+    known.unwrap_or_else(empty)
 }
 
 /// Which writing of the ledger is there: another one as soon as any run has written it.
@@ -241,29 +252,36 @@ pub fn writing(directory: &Path) -> Option<Writing> {
     Some(Writing { inode: file.ino(), nanoseconds: file.mtime_nsec(), seconds: file.mtime() })
 }
 
-/// The same, with an empty ledger put in the place of one that cannot be read, so that the log tells of it once.
+/// The same, with a new ledger put in the place of one that is not there or cannot be read, so that the log tells of it once.
 /// `now` is in milliseconds since boot.
 pub fn load_or_mend(directory: &Path, now: u64) -> Ledger {
-    read(directory).unwrap_or_else(|error| {
+    let known = read(directory).unwrap_or_else(|error| {
         tracing::warn!("{error:#}; going on with an empty one");
-        let ledger = empty().with_notes(Notes { unknown_before: Some(now), ..Notes::default() });
-        save(&ledger, directory);
-        ledger
+        None
+    });
+    known.unwrap_or_else(|| {
+        let doubting = empty().with_notes(Notes { unknown_before: Some(now), ..Notes::default() });
+        // Who can note nothing would doubt for ever.
+        if save(&doubting, directory) { doubting } else { empty() }
     })
 }
 
-fn read(directory: &Path) -> Result<Ledger> {
+/// None where there is none of this version and boot.
+fn read(directory: &Path) -> Result<Option<Ledger>> {
     let path = path(directory);
-    let Some(bytes) = whole_file::read(&path)? else { return Ok(empty()) };
+    let Some(bytes) = whole_file::read(&path)? else { return Ok(None) };
     let ledger: Ledger = serde_json::from_slice(&bytes).with_context(|| format!("reading {}", path.display()))?;
     let is_of_this_boot = boot().is_some_and(|boot| boot == ledger.boot);
-    Ok(if ledger.version == VERSION && is_of_this_boot { ledger } else { empty() })
+    Ok((ledger.version == VERSION && is_of_this_boot).then_some(ledger))
 }
 
-/// Writes the ledger. If it cannot be written, that costs what it says and a line in the log, but no address.
-pub fn save(ledger: &Ledger, directory: &Path) {
+/// Writes the ledger. If it cannot be written, that costs what it says and a line in the log, but no address. Whether it was
+/// written.
+pub fn save(ledger: &Ledger, directory: &Path) -> bool {
     let written = serde_json::to_string_pretty(ledger).map_err(anyhow::Error::from);
-    if let Err(error) = written.and_then(|text| whole_file::write(&path(directory), &text, MODE)) {
+    let written = written.and_then(|text| whole_file::write(&path(directory), &text, MODE));
+    if let Err(error) = &written {
         tracing::warn!("{error:#}; going on without it");
     }
+    written.is_ok()
 }

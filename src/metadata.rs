@@ -137,16 +137,11 @@ impl Tree {
         self.answers.retain(|path, _| !path.starts_with(directory));
     }
 
-    /// With what was known before where this one could not be read: a failed read takes back nothing that an earlier one told.
-    pub fn or_as_before(mut self, before: Tree) -> Tree {
-        let is_unread = |path: &str| matches!(self.answers.get(path), Some(Answer::Unknown(_)));
-        // What nobody asked for was named by a listing that was not read.
-        let stands = |path: &str| is_unread(path) || !self.answers.contains_key(path) && is_unread(split(path).0);
-        let is_known = |answer: &Answer| !matches!(answer, Answer::Unknown(_));
-        let known: Vec<(String, Answer)> =
-            before.answers.into_iter().filter(|(path, answer)| is_known(answer) && stands(path)).collect();
-        self.answers.extend(known);
-        self
+    /// Whether something could not be read that an earlier tree knows.
+    pub fn lacks_what_is_known_in(&self, earlier: &Tree) -> bool {
+        let is_unknown = |answer: Option<&Answer>| matches!(answer, Some(Answer::Unknown(_)));
+        let known = earlier.answers.iter().filter(|(_, answer)| !is_unknown(Some(*answer)));
+        known.into_iter().any(|(path, _)| is_unknown(self.answers.get(path)))
     }
 
     /// Whether all that was asked for below a directory was there.
@@ -187,9 +182,21 @@ impl Tree {
     }
 
     fn has_something_below(&self, directory: &str) -> bool {
+        self.present_below(directory).next().is_some()
+    }
+
+    fn present_below(&self, directory: &str) -> impl Iterator<Item = &str> {
         let below = self.answers.range::<str, _>((Bound::Excluded(directory), Bound::Unbounded));
-        let mut below = below.take_while(|(path, _)| path.starts_with(directory));
-        below.any(|(_, answer)| matches!(answer, Answer::Present(_)))
+        let below = below.take_while(move |(path, _)| path.starts_with(directory));
+        below.filter(|(_, answer)| matches!(answer, Answer::Present(_))).map(|(path, _)| path.as_str())
+    }
+
+    /// A key that is there, though the listing that was read of its directory does not name it: such a listing is not whole.
+    fn unlisted(&self, directory: &str) -> Option<&str> {
+        let Some(Answer::Present(listing)) = self.answers.get(directory) else { return None };
+        let listed: BTreeSet<&str> = lines(listing).collect();
+        let keys = self.present_below(directory).map(split).filter(|(above, _)| *above == directory);
+        keys.map(|(_, name)| name).find(|name| !listed.contains(name))
     }
 
     /// A saved snapshot: a JSON object with the keys of [`SavedTree`], others being ignored.
@@ -391,55 +398,26 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         let where_it_is = format!("{id} is card and device number {slot}, and the primary ENI is {}", Slot::PRIMARY);
         return unusable(format!("its key `{PRIMARY_MAC}` names {primary}, but {where_it_is}"));
     }
-    for (mac, reason) in id_conflicts(primary, &ready).into_iter().chain(slot_conflicts(primary, &ready)) {
-        set_aside(mac, reason, &mut ready, &mut pending);
-    }
-    let mut disputes: BTreeMap<MacAddr, Vec<Dispute>> = BTreeMap::new();
-    // The primary is what the machine stands on, and metadata had it from launch.
-    for (mac, dispute) in source_conflicts(&ready).into_iter().filter(|(mac, _)| *mac != primary) {
-        let of_eni = disputes.entry(mac).or_default();
-        if !of_eni.contains(&dispute) {
-            of_eni.push(dispute);
-        }
-    }
-    for (mac, disputes) in &disputes {
-        let Some(eni) = ready.get_mut(mac) else { continue };
-        match disputes
-            .iter()
-            .find(|dispute| eni.ipv4s.first().is_some_and(|first| dispute.source == IpAddr::from(*first).into()))
-        {
-            Some(Dispute { source, by }) => {
-                let reason = Reason::SourceTaken { source: *source, by: by.clone() };
-                set_aside(*mac, reason, &mut ready, &mut pending);
-            }
-            None => eni.leave_out(&disputes.iter().map(|dispute| dispute.source).collect::<Vec<_>>()),
-        }
-    }
-    disputes.retain(|mac, _| ready.contains_key(mac));
-    Ok(Attached {
+    let mut attached = Attached {
         primary,
         ready,
         pending,
-        disputes,
+        disputes: BTreeMap::new(),
         malformed,
         ignored: BTreeMap::new(),
         undecided: BTreeSet::new(),
         shared: BTreeMap::new(),
         idle: Vec::new(),
         choices: BTreeMap::new(),
-    })
-}
-
-/// From ready to pending, with all that is known of it.
-fn set_aside(
-    mac: MacAddr,
-    reason: Reason,
-    ready: &mut BTreeMap<MacAddr, Eni>,
-    pending: &mut BTreeMap<MacAddr, Pending>,
-) {
-    if let Some(eni) = ready.remove(&mac) {
-        pending.insert(mac, Pending::of(eni, reason));
+    };
+    let ready = &attached.ready;
+    for (mac, reason) in id_conflicts(primary, ready).into_iter().chain(slot_conflicts(primary, ready)) {
+        attached.set_aside(mac, reason);
     }
+    // The primary is what the machine stands on, and metadata had it from launch.
+    let conflicts = source_conflicts(&attached).into_iter().filter(|(mac, _)| *mac != primary);
+    attached.leave_disputed(conflicts.collect());
+    Ok(attached)
 }
 
 /// ENIs by one id. Everything is told by id, from failures to the names of links, so it has to be clear whose it is.
@@ -466,15 +444,18 @@ fn slot_conflicts(primary: MacAddr, ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacA
     conflicts
 }
 
-/// Every address and prefix that overlaps one of another ENI: an address moves in one call, and metadata may show it on
-/// both for a while.
-fn source_conflicts(ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacAddr, Dispute)> {
+/// Every address and prefix that overlaps one of another ENI, ready or not: an address moves in one call, and metadata may show
+/// it on both for a while.
+fn source_conflicts(attached: &Attached) -> Vec<(MacAddr, Dispute)> {
+    let of_ready = attached.ready.iter().map(|(mac, eni)| (*mac, eni.all_sources()));
+    let of_pending = attached.pending.iter().filter_map(|(mac, pending)| Some((*mac, pending.sources.clone()?)));
     let mut owners: BTreeMap<IpNet, Vec<MacAddr>> = BTreeMap::new();
-    for (mac, eni) in ready {
-        for source in Family::BOTH.into_iter().flat_map(|family| eni.sources(family)) {
-            owners.entry(source).or_default().push(*mac);
+    for (mac, sources) in of_ready.chain(of_pending) {
+        for source in sources {
+            owners.entry(source).or_default().push(mac);
         }
     }
+    let name = |mac: &MacAddr| attached.name_of(*mac);
     let lengths: BTreeSet<u8> = owners.keys().map(IpNet::prefix_len).collect();
     let mut conflicts = Vec::new();
     for (source, macs) in &owners {
@@ -482,8 +463,8 @@ fn source_conflicts(ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacAddr, Dispute)> {
         for wider in wider.filter_map(|length| Some(IpNet::new(source.addr(), *length).ok()?.trunc())) {
             for other in owners.get(&wider).into_iter().flatten() {
                 for mac in macs.iter().filter(|mac| *mac != other) {
-                    conflicts.push((*mac, Dispute { source: *source, by: ready[other].id.clone() }));
-                    conflicts.push((*other, Dispute { source: wider, by: ready[mac].id.clone() }));
+                    conflicts.push((*mac, Dispute { source: *source, by: name(other) }));
+                    conflicts.push((*other, Dispute { source: wider, by: name(mac) }));
                 }
             }
         }
@@ -511,6 +492,10 @@ impl Reader<'_> {
     }
 
     fn eni(&self, is_primary: bool, has_many_cards: bool) -> Result<Eni, Reason> {
+        if let Some(key) = self.tree.unlisted(&eni_directory(self.mac)) {
+            let why = "it is there, and the list of this ENI's keys does not name it, so that list is not whole".into();
+            return Err(Reason::Unknown { key: key.into(), why });
+        }
         let id = self.value("interface-id")?.ok_or(Reason::NotThere { key: "interface-id" })?;
         let slot = self.slot(is_primary, has_many_cards)?;
         let eni = Eni {

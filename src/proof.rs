@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, Eni, Pending, Reason, show_source};
+use crate::eni::{Attached, Dispute, Eni, Pending, Reason, show_source};
 use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
@@ -128,13 +128,40 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
-                let stay: Vec<IpNet> = own.sources.iter().copied().filter(is_return).collect();
-                judgement.forget(&stay, mac);
                 judgement.attached.pending.insert(mac, own.pending(link));
             }
         }
     }
     judgement
+}
+
+/// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
+/// whoever has put it there, and what its rules send its way before those of the others.
+pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+    let mut conflicts = Vec::new();
+    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+        let Some(mac) = link.mac.filter(|mac| attached.pending.contains_key(mac)) else { continue };
+        let mut held = Own::on(link, None, observed, config).sources;
+        held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
+        let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
+        let is_of_tables = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        let captures = |rule: &&Rule| is_of_tables(rule) && rule.to.is_none() && rule.from.is_some();
+        let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
+        for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac && **other != attached.primary) {
+            let table = policy::table(config, eni.slot);
+            let is_before = |rule: &&&Rule| rule.priority < table;
+            let is_held = |source: &IpNet| {
+                let mut captured = captures.iter().filter(is_before).filter_map(|rule| rule.from);
+                held.iter().any(|held| held.contains(source) || source.contains(held))
+                    || captured.any(|from| from.contains(source))
+            };
+            let disputed = eni.all_sources().into_iter().filter(is_held);
+            conflicts.extend(disputed.map(|source| (*other, Dispute { source, by: attached.name_of(mac) })));
+        }
+    }
+    let mut attached = attached.clone();
+    attached.leave_disputed(conflicts);
+    attached
 }
 
 /// What moves by this, and what has moved lately.
@@ -151,10 +178,9 @@ pub fn moves(
         let Some((from, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
         for source in Own::on(link, Some(eni), observed, config).sources.into_iter().filter(|source| !eni.has(source)) {
             let Some((to, _)) = attached.ready.iter().find(|(_, eni)| eni.has(&source)) else { continue };
-            let is_this = |moved: &Move| (moved.source, moved.from, moved.to) == (source, from, *to);
-            if !moves.iter().any(is_this) {
-                moves.insert(Move { source, from, to: *to, since: taken.ended });
-            }
+            // It may have been there and back meanwhile: the last time counts.
+            moves.retain(|moved| (moved.source, moved.from, moved.to) != (source, from, *to));
+            moves.insert(Move { source, from, to: *to, since: taken.ended });
         }
     }
     moves
@@ -181,10 +207,13 @@ impl Judgement {
         Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() }
     }
 
-    /// These stay with this ENI, so no other has them.
-    fn forget(&mut self, sources: &[IpNet], keeper: MacAddr) {
-        let others = self.attached.ready.iter_mut().filter(|(mac, _)| **mac != keeper);
-        others.for_each(|(_, eni)| eni.leave_out(sources));
+    /// These stay with this ENI, so no other has them, nor a part of them.
+    fn forget(&mut self, stay: &[IpNet], keeper: MacAddr) {
+        for (_, eni) in self.attached.ready.iter_mut().filter(|(mac, _)| **mac != keeper) {
+            let mut sources = eni.all_sources();
+            sources.retain(|source| stay.iter().any(|stays| stays.contains(source)));
+            eni.leave_out(&sources);
+        }
     }
 
     /// Whether this may go; if not, it is postponed, and noted when the snapshot can be one of the two.
@@ -215,9 +244,7 @@ struct Own {
 
 impl Own {
     fn on(link: &Link, eni: Option<&Eni>, observed: &Observed, config: &Config) -> Own {
-        let on_link = observed.routes.iter().filter(|(index, _)| *index == Some(link.index)).map(|(_, route)| route);
-        let routes: Vec<&Route> =
-            on_link.filter(|route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE).collect();
+        let routes: Vec<&Route> = routes_of(link, observed, config).collect();
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
         let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
@@ -256,6 +283,12 @@ impl Own {
             subnets: self.subnets.iter().copied().collect(),
         }
     }
+}
+
+/// Ours by this link in tables of ENIs.
+fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> impl Iterator<Item = &'a Route> {
+    let on_link = observed.routes.iter().filter(move |(index, _)| *index == Some(link.index)).map(|(_, route)| route);
+    on_link.filter(move |route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE)
 }
 
 /// Subnets of a prefix's family; an IPv6 table also has the link-local one, which is every link's.

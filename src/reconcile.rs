@@ -21,7 +21,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
-use crate::proof::{Judgement, Notes, Taken, judge, moves};
+use crate::proof::{Judgement, Notes, Taken, judge, leave_to_pending, moves};
 use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
@@ -122,6 +122,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
         (turn, ledger, reading) = match again.await {
             Ok(again) => again,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
+            Err(_) if Instant::now() >= options.deadline => return Ok(report),
             Err(error) => {
                 tracing::warn!("no longer waiting: {error:#}");
                 return Ok(report);
@@ -165,7 +166,13 @@ async fn look_again(
                 "another run has changed something meanwhile, and the time does not suffice to read all of metadata again"
             )
         }
-        _ => Reading::take(imds, &options.config).await?,
+        _ => {
+            let again = Reading::take(imds, &options.config).await?;
+            if again.tree.lacks_what_is_known_in(&reading.tree) {
+                bail!("another run has changed something meanwhile, and not all of metadata can be read again")
+            }
+            again
+        }
     };
     Ok((turn, ledger, reading))
 }
@@ -198,11 +205,18 @@ impl Reading {
             && imds.glance(self.tree.clone(), &enis, Scope::of(config)).await? == self.tree)
     }
 
-    /// With what was not settled in it read anew. That does not make the rest younger.
+    /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled with all of it,
+    /// so that what has gone from one ENI to another is seen on both.
     async fn again(self, imds: &mut Imds, attached: &Attached, config: &Config) -> Result<Reading> {
-        let tree = imds.ask_again(self.tree, &attached.unsettled(), Scope::of(config)).await?;
-        let taken = Taken { ended: since_boot()?, ..self.taken };
-        Ok(Reading { all: metadata::attached(&tree)?, tree, taken })
+        let unsettled = attached.unsettled();
+        let tree = imds.ask_again(self.tree.clone(), &unsettled, Scope::of(config)).await?;
+        let all = metadata::attached(&tree)?;
+        let again = match all.unsettled().is_superset(&self.all.unsettled()) {
+            true => Reading { tree, all, taken: Taken { ended: since_boot()?, ..self.taken } },
+            false => Reading::take(imds, config).await?,
+        };
+        // A read that fails takes back nothing, and one ENI made of two readings may never have been.
+        Ok(if again.tree.lacks_what_is_known_in(&self.tree) { self } else { again })
     }
 }
 
@@ -228,20 +242,21 @@ async fn settle(
     let Reading { tree, all, taken } = reading;
     ensure_known_primary(all.primary, ledger, netlink).await?;
     *ledger = std::mem::take(ledger).of(all.primary);
-    let observed = ledger.recall(netlink.observe().await?, options.config.mark);
-    let believed = believed(all, *taken, &observed, ledger, options);
+    let observed = observe_as_noted(netlink, ledger, options).await?;
+    let all = leave_to_pending(all, &observed, &options.config);
+    let believed = believed(&all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
     let mut attached = all.clone();
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
     let desire = |observed: &Observed| {
-        attached = select(all, tree, observed, &files, &options.config);
+        attached = select(&all, tree, observed, &files, &options.config);
         desired(&select(&believed, tree, observed, &files, &options.config), &options.config)
     };
     let mut report = converge(netlink, ledger, observed, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
     report.enis = listed(&attached);
     if options.is_hotplug {
-        report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
+        report.troubles.extend(unlisted_troubles(&all, &netlink.observe().await?, &options.config));
     }
     note_troubles(&report, ledger, options);
     Ok((report, attached))
@@ -255,7 +270,8 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
     let files = machine_files::read_of_container_networks();
-    let attached = select(&reading.all, &reading.tree, &observed, &files, &options.config);
+    let all = leave_to_pending(&reading.all, &observed, &options.config);
+    let attached = select(&all, &reading.tree, &observed, &files, &options.config);
     let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
@@ -301,9 +317,12 @@ fn believed(
         }
     }
     let moves = moves(&attached, observed, &ledger.notes.moves, taken, &options.config);
-    let notes = Notes { sightings, moves, unknown_before: ledger.notes.unknown_before };
+    // Where nothing is ours nothing has moved.
+    let has_ours = observed.addresses.iter().any(|(_, address)| policy::owns_address(&options.config, address));
+    let notes = Notes { sightings, moves, unknown_before: ledger.notes.unknown_before.filter(|_| has_ours) };
     keep(ledger, ledger.with_notes(notes), options);
-    attached
+    // What is not listed any more is pending by now.
+    leave_to_pending(&attached, observed, &options.config)
 }
 
 fn keep(ledger: &mut Ledger, noted: Ledger, options: &Options) {
@@ -363,7 +382,7 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
     for round in 0.. {
         let mut ledger = ledger::load(&options.directory).of(trial.primary);
         let patience = if round == 0 { Duration::ZERO } else { SETTLING };
-        let observed = observe_settled(netlink, &ledger, options, patience).await?;
+        let observed = observe_settled(netlink, &mut ledger, options, patience).await?;
         let plan = rollback(&trial.before, &observed, &options.config);
         if plan.steps.is_empty() {
             break;
@@ -467,16 +486,25 @@ fn note_troubles(report: &Report, ledger: &mut Ledger, options: &Options) {
     keep(ledger, ledger.with_troubles(report.troubles.iter().map(noted)), options);
 }
 
-/// What the kernel has, once it is done with what it has acknowledged.
+/// What the kernel has, with the marks that it has lost.
+async fn observe_as_noted(netlink: &mut Netlink, ledger: &mut Ledger, options: &Options) -> Result<Observed> {
+    let observed = netlink.observe().await?;
+    if let Some(noted) = ledger.learning_marks(&observed, options.config.mark) {
+        keep(ledger, noted, options);
+    }
+    Ok(ledger.recall(observed, options.config.mark))
+}
+
+/// The same, once it is done with what it has acknowledged.
 async fn observe_settled(
     netlink: &mut Netlink,
-    ledger: &Ledger,
+    ledger: &mut Ledger,
     options: &Options,
     patience: Duration,
 ) -> Result<Observed> {
     let deadline = Instant::now() + patience;
     loop {
-        let observed = ledger.recall(netlink.observe().await?, options.config.mark);
+        let observed = observe_as_noted(netlink, ledger, options).await?;
         if Instant::now() >= deadline || !policy::is_settling(&options.config, &observed) {
             return Ok(observed);
         }
@@ -591,7 +619,8 @@ pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::of(config)).await?;
     let files = machine_files::read_of_container_networks();
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &files, config);
+    let all = leave_to_pending(&metadata::attached(&tree)?, &observed, config);
+    let attached = select(&all, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use support::machine::{Kernel, Machine, difference, inside, ip, with_two_enis};
+use support::machine::{Kernel, Machine, difference, inside, ip, with_scenario, with_two_enis};
 use support::moments::settled_dump;
 
 fn path(machine: &Machine) -> PathBuf {
@@ -166,6 +166,26 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_one_that_took_the_place_of_our
             })?;
         }
         Ok(())
+    });
+}
+
+/// There is no ::1 then, whose mark tells that the kernel keeps marks.
+#[test]
+fn without_ipv6_an_address_that_took_the_place_of_ours_is_not_ours() {
+    inside(|| {
+        with_scenario("one-eni-gets-its-secondary-addresses", |machine| {
+            fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
+            fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1")?;
+            ensure!(!ip("-6 addr show lo")?.contains("::1"), "there is IPv6 still");
+            machine.reconcile(0)?;
+            let ours = "10.0.0.11/32 dev eth01";
+            ip(&format!("addr del {ours}"))?;
+            ip(&format!("addr add {ours} noprefixroute"))?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 0, "{}", release.stderr);
+            ensure!(ip("addr show eth01")?.contains("10.0.0.11/32"), "somebody's address is gone: {}", release.stderr);
+            Ok(())
+        })
     });
 }
 

@@ -13,11 +13,10 @@ use eniup::net::{MacAddr, Observed};
 use eniup::policy::{PROOF_PAUSE, RETURN_DOUBT};
 use eniup::proof::{Judgement, Move, Notes, Sighting, Taken, judge};
 use support::machine::{
-    Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
+    Machine, age_notes, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
 };
 use support::moments::{arrange, observe, settled_dump};
 use support::{Scenario, scenarios};
-use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 use vpc_lab::metadata::Published;
 
 /// Those in which a machine may have to give something up, and no link is somebody else's.
@@ -28,17 +27,6 @@ fn losing() -> Result<Vec<Scenario>> {
         scenario.before.is_some() && scenario.attached.is_complete() && is_all_ours
     };
     Ok(scenarios()?.into_iter().filter(is_losing).collect())
-}
-
-/// Lets so many milliseconds pass between what was noted and what comes.
-fn age_notes(machine: &Machine, milliseconds: u64) -> Result<()> {
-    let path = machine.directory.join("ledger.json");
-    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
-    for sighting in ledger["sightings"].as_array_mut().context("the ledger has no sightings")? {
-        let since = sighting["since"].as_u64().context("a sighting has no time")?;
-        sighting["since"] = since.saturating_sub(milliseconds).into();
-    }
-    Ok(fs::write(path, ledger.to_string())?)
 }
 
 fn addresses_of(observed: &Observed) -> BTreeSet<(u32, IpAddr)> {
@@ -437,13 +425,18 @@ fn what_metadata_gives_to_an_eni_without_a_link_stays_where_it_is() {
     });
 }
 
-/// Lets so many milliseconds pass since the moves that were noted.
+/// Lets so many milliseconds pass since the moves that were noted, and since notes were lost.
 fn age_moves(machine: &Machine, milliseconds: u64) -> Result<()> {
     let path = machine.directory.join("ledger.json");
     let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    let age = |time: &mut serde_json::Value| -> Result<()> {
+        *time = time.as_u64().context("no time")?.saturating_sub(milliseconds).into();
+        Ok(())
+    };
     for moved in ledger["moves"].as_array_mut().context("the ledger has no moves")? {
-        moved["since"] = moved["since"].as_u64().context("a move has no time")?.saturating_sub(milliseconds).into();
+        age(&mut moved["since"])?;
     }
+    ledger.get_mut("unknown_before").map_or(Ok(()), age)?;
     Ok(fs::write(path, ledger.to_string())?)
 }
 
@@ -499,40 +492,29 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 run("reconcile --automatic", on(3), (false, true))?;
                 run("reconcile", on(2), (true, false))?;
                 // Where the notes are lost nobody can tell what has moved lately.
-                fs::write(machine.directory.join("ledger.json"), "{")?;
-                run("reconcile --automatic", on(3), (true, false))?;
-                age_notes(machine, PROOF_PAUSE)?;
-                run("reconcile --automatic", on(3), (false, true))
+                let ledger = machine.directory.join("ledger.json");
+                for lost in [Some("{"), Some("{\"version\": 0, \"boot\": \"\", \"links\": {}}"), None] {
+                    match lost {
+                        Some(text) => fs::write(&ledger, text)?,
+                        None => fs::remove_file(&ledger)?,
+                    }
+                    run("reconcile --automatic", on(3), (true, false))?;
+                    age_notes(machine, PROOF_PAUSE)?;
+                    run("reconcile --automatic", on(3), (false, true))?;
+                    run("reconcile", on(2), (true, false))?;
+                }
+                // There, back and there again: the last time counts.
+                run("reconcile", on(3), (false, true))?;
+                run("reconcile", on(2), (true, false))?;
+                age_moves(machine, RETURN_DOUBT * 3 / 4)?;
+                run("reconcile", on(3), (false, true))?;
+                age_moves(machine, RETURN_DOUBT / 3)?;
+                run("reconcile --automatic", on(2), (false, true))?;
+                // Who can note nothing would doubt for ever.
+                fs::remove_file(&ledger)?;
+                fs::create_dir_all(ledger.join("in the way"))?;
+                run("reconcile --automatic", on(2), (true, false))
             })?;
-        }
-        Ok(())
-    });
-}
-
-/// While a run waits for what is pending, reads that fail take back nothing that it was told before: not what a key has, and
-/// not which keys there are.
-#[test]
-fn a_later_look_that_fails_makes_nothing_less_known() {
-    inside(|| {
-        let dump_after = |faults: Option<Rule>| {
-            with_scenario("disputed-address-is-left-out", |machine| {
-                let rules = faults.iter().cloned().collect();
-                machine.service.set_faults(Faults { rules, ..Faults::default() });
-                let run = machine.eniup("reconcile --timeout 700ms")?;
-                ensure!(run.exit == 3, "{}: {}", run.exit, run.stderr);
-                let requests = machine.service.requests();
-                let asked = requests.gets_by_path["/latest/meta-data/network/interfaces/macs/02:00:00:00:00:02/"];
-                ensure!(asked > 1 && (faults.is_none() || requests.faults > 0), "{requests:?}");
-                settled_dump()
-            })
-        };
-        let whole = dump_after(None)?;
-        // The first look meets none of them; `*/02:00:00:00:00:02/` is the listing of the keys.
-        let (keys, listing) = ("*/macs/02:00:00:00:00:02/local-ipv4s", "*/macs/02:00:00:00:00:02/");
-        for (path, action) in [(keys, Action::Hang), (keys, Action::Status(503)), (listing, Action::Status(503))] {
-            let rule = Rule::new(path, Occurrences::EveryNth(2), action.clone());
-            let difference = difference(&whole, &dump_after(Some(rule))?);
-            ensure!(difference.is_empty(), "{path} {action:?}: another end:\n{difference}");
         }
         Ok(())
     });

@@ -10,7 +10,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use support::machine::{Machine, inside, ip, read_leaves, run, scenario, with_scenario, with_two_enis};
+use support::machine::{Machine, difference, inside, ip, read_leaves, run, scenario, with_scenario, with_two_enis};
+use support::moments::settled_dump;
+use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
 const TWO: &str = "two-subnets-dual-stack";
 const THREE: &str = "three-enis-of-which-two-share";
@@ -97,8 +99,13 @@ fn changes(machine: &Machine) -> Result<u64> {
 /// Starts a run that has acted and waits for the second ENI.
 fn waiting(machine: &Machine) -> Result<Meanwhile> {
     machine.publish(without_the_second(told(TWO)?));
-    let waits = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+    waiting_for(machine, "reconcile --timeout 15s")
+}
+
+/// Starts a run that has acted and waits for what is pending.
+fn waiting_for(machine: &Machine, verb: &str) -> Result<Meanwhile> {
     machine.service.reset_counters();
+    let waits = Meanwhile::start(machine, verb)?;
     // It asks for what it waits for, and lets others act.
     until("a run that waits", || Ok(machine.service.requests().gets_by_path.len() > 1 && !is_held(machine)))?;
     Ok(waits)
@@ -175,6 +182,101 @@ fn it_does_not_make_again_what_was_rolled_back_meanwhile() {
             waits.ends(3, "no longer waiting")?;
             ensure!(!ip("addr show eth01")?.contains("10.0.0.77"), "it was made again");
             Ok(())
+        })
+    });
+}
+
+/// The second ENI is half there, then whole while one key, or the list of keys, cannot be read: what the halves together would say
+/// was never so.
+#[test]
+fn what_fails_while_a_run_waits_is_not_completed_by_what_was_read_before() {
+    inside(|| {
+        for verb in ["reconcile --timeout 2s", "reconcile --automatic --timeout 2s"] {
+            for failing in ["*/02:00:00:00:00:02/", "*/02:00:00:00:00:02/local-ipv4s"] {
+                with_two_enis(|machine| {
+                    let list = "network/interfaces/macs/02:00:00:00:00:02/";
+                    let mut whole = told(TWO)?;
+                    whole.insert(format!("{list}ipv4-prefix"), "10.0.1.96/28".into());
+                    machine.publish(whole.clone());
+                    machine.reconcile(0)?;
+                    let before = settled_dump()?;
+                    let mut half = whole.clone();
+                    half.retain(|key, _| {
+                        !["device-number", "ipv4-prefix", "ipv6s"].iter().any(|gone| *key == format!("{list}{gone}"))
+                    });
+                    half.insert(format!("{list}local-ipv4s"), "10.0.1.20".into());
+                    machine.publish(half);
+                    let waits = waiting_for(machine, verb)?;
+                    let rules = vec![Rule::new(failing, Occurrences::Always, Action::Status(503))];
+                    machine.service.set_faults(Faults { rules, ..Faults::default() });
+                    machine.publish(whole);
+                    waits.ends(3, "eni-02 is pending")?;
+                    let ledger: serde_json::Value =
+                        serde_json::from_str(&fs::read_to_string(machine.directory.join("ledger.json"))?)?;
+                    ensure!(ledger["sightings"].as_array().is_none_or(Vec::is_empty), "{ledger}");
+                    let difference = difference(&before, &settled_dump()?);
+                    ensure!(difference.is_empty(), "changed:\n{difference}");
+                    Ok(())
+                })
+                .with_context(|| format!("{verb}: {failing}"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+/// An address that metadata gives to two ENIs is nobody's, also when later only one of them can be read, and whether or not another
+/// run's change makes the waiting one read all of metadata again.
+#[test]
+fn what_fails_while_a_run_waits_makes_nothing_less_known() {
+    const DISPUTED: &str = "disputed-address-is-left-out";
+    inside(|| {
+        let dump_after = |failing: Option<&str>, is_other_run: bool| {
+            with_scenario(DISPUTED, |machine| {
+                let waits = waiting_for(machine, "reconcile --timeout 2s")?;
+                let rule = |path| Rule::new(path, Occurrences::Always, Action::Status(503));
+                let rules = failing.into_iter().map(rule).collect();
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+                if is_other_run {
+                    eniup::lock::count_change(&machine.directory);
+                }
+                waits.ends(3, "10.0.1.21 overlaps what")?;
+                ensure!(failing.is_none() || machine.service.requests().faults > 0, "it was not asked for again");
+                settled_dump()
+            })
+        };
+        let whole = dump_after(None, false)?;
+        for failing in ["*/02:00:00:00:00:02/local-ipv4s", "*/02:00:00:00:00:02/"] {
+            for is_other_run in [false, true] {
+                let difference = difference(&whole, &dump_after(Some(failing), is_other_run)?);
+                ensure!(difference.is_empty(), "{failing}, other run: {is_other_run}: another end:\n{difference}");
+            }
+        }
+        Ok(())
+    });
+}
+
+/// From the ENI that is waited for to one of which all was read before.
+#[test]
+fn what_moves_while_a_run_waits_is_seen_on_both_sides() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            let list = |n: u8| format!("network/interfaces/macs/02:00:00:00:00:0{n}/local-ipv4s");
+            let on = |n: u8| -> Result<Leaves> {
+                let mut leaves = told(THREE)?;
+                *leaves.get_mut(&list(n)).context("no list")? += "\n10.0.1.77";
+                Ok(leaves)
+            };
+            machine.publish(on(2)?);
+            machine.reconcile(0)?;
+            let mut pending = on(2)?;
+            pending.remove("network/interfaces/macs/02:00:00:00:00:02/device-number");
+            machine.publish(pending);
+            let waits = waiting_for(machine, "reconcile --timeout 15s")?;
+            machine.publish(on(3)?);
+            waits.ends(0, "")?;
+            ensure!(ip("addr show eth03")?.contains("10.0.1.77") && !ip("addr show eth02")?.contains("10.0.1.77"));
+            machine.assert_settled()
         })
     });
 }

@@ -283,12 +283,11 @@ impl Imds {
     }
 
     /// The snapshot as it is by now, as far as these ENIs are concerned, and those that have come or gone since. What was
-    /// read of the others stands, and so does what cannot be read now.
+    /// read of the others stands.
     ///
     /// # Errors
     /// As for [`Imds::snapshot`].
     pub async fn ask_again(&mut self, mut tree: Tree, enis: &BTreeSet<MacAddr>, scope: Scope) -> Result<Tree, Error> {
-        let before = tree.clone();
         tree.forget(INTERFACES);
         for mac in enis {
             tree.forget_below(&eni_directory(*mac));
@@ -304,7 +303,7 @@ impl Imds {
         for mac in enis {
             reading.ask_for_eni(*mac);
         }
-        Ok(self.read(reading).await?.or_as_before(before))
+        self.read(reading).await
     }
 
     /// The same snapshot with what changes in an ENI's life read anew: which there are, and what they have.

@@ -229,6 +229,17 @@ pub fn difference(before: &[String], after: &[String]) -> String {
     gone.chain(come).collect()
 }
 
+/// Lets so many milliseconds pass between what was noted and what comes.
+pub fn age_notes(machine: &Machine, milliseconds: u64) -> Result<()> {
+    let path = machine.directory.join("ledger.json");
+    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    for sighting in ledger["sightings"].as_array_mut().context("the ledger has no sightings")? {
+        let since = sighting["since"].as_u64().context("a sighting has no time")?;
+        sighting["since"] = since.saturating_sub(milliseconds).into();
+    }
+    Ok(fs::write(path, ledger.to_string())?)
+}
+
 /// The scenario of this name.
 pub fn scenario(name: &str) -> Result<Scenario> {
     scenarios()?.into_iter().find(|scenario| scenario.name == name).with_context(|| format!("no scenario {name}"))

@@ -1,0 +1,221 @@
+//! ENIs of which metadata does not tell all at the moment: what they have stays theirs, whatever metadata gives to others, and what
+//! their rules would capture is given to nobody.
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use eniup::metadata::eni_directory;
+use eniup::net::MacAddr;
+use eniup::policy::PROOF_PAUSE;
+use support::machine::{Machine, age_notes, inside, ip, read_leaves, scenario, with_scenario};
+use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
+
+/// Two secondary ENIs, 2 and 3, in one subnet, `10.0.1.0/24`.
+const SHARED: &str = "three-enis-of-which-two-share";
+const BOTH: [u8; 2] = [2, 3];
+
+type Leaves = BTreeMap<String, String>;
+
+fn path(eni: u8, key: &str) -> String {
+    let mac = MacAddr::from_bytes(&[2, 0, 0, 0, 0, eni]).expect("six bytes are a MAC address");
+    format!("{}{key}", eni_directory(mac))
+}
+
+fn told(name: &str) -> Result<Leaves> {
+    read_leaves(&scenario(name)?.folder.join("metadata.json"))
+}
+
+/// With one line more in a key.
+fn and(mut leaves: Leaves, eni: u8, key: &str, line: &str) -> Leaves {
+    let body = leaves.entry(path(eni, key)).or_default();
+    *body = format!("{body}\n{line}").trim().into();
+    leaves
+}
+
+/// Each read of this key, or of this list of keys, ends with 503 from now on.
+fn fail(machine: &Machine, path: &str) {
+    let rules = vec![Rule::new(
+        &format!("*/{}", path.trim_start_matches("network/")),
+        Occurrences::Always,
+        Action::Status(503),
+    )];
+    machine.service.set_faults(Faults { rules, ..Faults::default() });
+}
+
+fn be_well(machine: &Machine) {
+    machine.service.set_faults(Faults::default());
+}
+
+/// The ENIs that have the address.
+fn holders(address: &str) -> Result<Vec<u8>> {
+    let shown = ip("-o addr show")?;
+    let has = |eni: &u8| {
+        shown.lines().any(|line| line.contains(&format!(" eth0{eni} ")) && line.contains(&format!(" {address}/")))
+    };
+    Ok((1..=3).filter(has).collect())
+}
+
+/// The ENI by which the kernel sends what comes from the address.
+fn leaves_by(address: &str) -> Result<u8> {
+    let way = ip(&format!("route get 198.51.100.7 from {address}"))?;
+    let link = way.split_whitespace().skip_while(|word| *word != "dev").nth(1).context("no way")?;
+    Ok(link.trim_start_matches("eth0").parse()?)
+}
+
+#[test]
+fn what_an_eni_has_that_cannot_be_read_goes_to_no_other() {
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    inside(|| {
+        for holder in BOTH {
+            let other = 5 - holder;
+            let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
+            let both = and(of(holder)?, other, "local-ipv4s", "10.0.1.77");
+            for (verb, key, claims) in [
+                (VERBS[0], "local-ipv4s", of(other)?),
+                (VERBS[1], "local-ipv4s", of(other)?),
+                (VERBS[0], "interface-id", of(other)?),
+                (VERBS[0], "device-number", both.clone()),
+                (VERBS[1], "device-number", both.clone()),
+            ] {
+                with_scenario(SHARED, |machine| {
+                    machine.publish(of(holder)?);
+                    machine.reconcile(0)?;
+                    let rules = ip("rule show")?;
+                    machine.publish(claims.clone());
+                    fail(machine, &path(holder, key));
+                    let run = machine.eniup(verb)?;
+                    let said = format!("eni-0{other} is pending: 10.0.1.77 overlaps what");
+                    ensure!(run.exit == 3 && run.stderr.contains(&said), "{}: {}", run.exit, run.stderr);
+                    ensure!(holders("10.0.1.77")? == [holder], "{:?}: {}", holders("10.0.1.77")?, run.stderr);
+                    ensure!(leaves_by("10.0.1.77")? == holder, "{}", run.stderr);
+                    let gone = rules.lines().find(|rule| !ip("rule show").is_ok_and(|rules| rules.contains(*rule)));
+                    ensure!(
+                        gone.is_none_or(|rule| rule.starts_with(&format!("2000{}", other - 1))),
+                        "{gone:?}: {}",
+                        run.stderr
+                    );
+                    be_well(machine);
+                    machine.publish(of(other)?);
+                    machine.reconcile(0)?;
+                    ensure!(holders("10.0.1.77")? == [other] && leaves_by("10.0.1.77")? == other, "it is not moved");
+                    Ok(())
+                })
+                .with_context(|| format!("{verb}: {key} of ENI {holder} cannot be read"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn what_the_primary_has_that_cannot_be_read_goes_to_no_other() {
+    inside(|| {
+        let of = |eni: u8| Ok::<_, anyhow::Error>(and(told("one-shared-subnet")?, eni, "local-ipv4s", "10.0.0.77"));
+        with_scenario("one-shared-subnet", |machine| {
+            machine.publish(of(1)?);
+            machine.reconcile(0)?;
+            ensure!(holders("10.0.0.77")? == [1]);
+            machine.publish(of(2)?);
+            fail(machine, &path(1, "local-ipv4s"));
+            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            ensure!(run.exit == 3 && holders("10.0.0.77")? == [1], "{}: {}", run.exit, run.stderr);
+            ensure!(leaves_by("10.0.0.77")? == 1, "{}", run.stderr);
+            Ok(())
+        })
+    });
+}
+
+/// As if it were not attached, with what it had given to another one.
+#[test]
+fn what_an_eni_has_that_is_not_listed_goes_to_another_on_proof_only() {
+    inside(|| {
+        for holder in BOTH {
+            with_scenario(SHARED, |machine| {
+                let other = 5 - holder;
+                machine.publish(and(told(SHARED)?, holder, "local-ipv4s", "10.0.1.77"));
+                machine.reconcile(0)?;
+                let mut lie = and(told(SHARED)?, other, "local-ipv4s", "10.0.1.77");
+                lie.retain(|key, _| !key.starts_with(&path(holder, "")));
+                machine.publish(lie);
+                let run = machine.eniup("reconcile --automatic")?;
+                ensure!(run.stderr.contains("whose link is still here stays"), "{}: {}", run.exit, run.stderr);
+                ensure!(holders("10.0.1.77")? == [holder] && leaves_by("10.0.1.77")? == holder, "{}", run.stderr);
+                age_notes(machine, PROOF_PAUSE)?;
+                let run = machine.eniup("reconcile --automatic")?;
+                ensure!(holders("10.0.1.77")? == [other] && leaves_by("10.0.1.77")? == other, "{}", run.stderr);
+                Ok(())
+            })
+            .with_context(|| format!("ENI {holder}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// ENI 2's rule for `10.0.1.64/26` comes before the rules of ENI 3.
+#[test]
+fn an_address_that_a_rule_of_a_pending_eni_captures_waits_for_that_eni() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            let before = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77");
+            machine.publish(before.clone());
+            machine.reconcile(0)?;
+            machine.publish(and(before, 3, "local-ipv4s", "10.0.1.70"));
+            fail(machine, &path(2, "local-ipv4s"));
+            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let said = "eni-03 is pending: 10.0.1.70 overlaps what eni-02 has";
+            ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+            ensure!(holders("10.0.1.70")?.is_empty(), "{}", run.stderr);
+            be_well(machine);
+            machine.reconcile(0)?;
+            ensure!(holders("10.0.1.70")? == [3] && leaves_by("10.0.1.70")? == 3 && leaves_by("10.0.1.77")? == 2);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn no_address_is_taken_out_of_a_prefix_that_is_lost_without_proof() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            machine.publish(and(told(SHARED)?, 2, "ipv4-prefix", "10.0.1.96/28"));
+            machine.reconcile(0)?;
+            machine.publish(and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.97"));
+            let run = machine.eniup("reconcile --automatic")?;
+            ensure!(
+                run.stderr.contains("10.0.1.96/28") && run.stderr.contains("stays"),
+                "{}: {}",
+                run.exit,
+                run.stderr
+            );
+            ensure!(holders("10.0.1.97")?.is_empty(), "{}", run.stderr);
+            age_notes(machine, PROOF_PAUSE)?;
+            let run = machine.eniup("reconcile --automatic")?;
+            ensure!(holders("10.0.1.97")? == [3] && leaves_by("10.0.1.97")? == 3, "{}: {}", run.exit, run.stderr);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_list_of_keys_that_lacks_one_that_is_there_proves_nothing() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            machine.publish(and(told(SHARED)?, 2, "ipv4-prefix", "10.0.1.96/28"));
+            machine.reconcile(0)?;
+            let rules = ip("rule show")?;
+            for listing in ["", "local-ipv4s/\n", "interface-id\nmac"] {
+                let empty = Rule::new("*/02:00:00:00:00:02/", Occurrences::Always, Action::Body(listing.into()));
+                machine.service.set_faults(Faults { rules: vec![empty], ..Faults::default() });
+                let run = machine.eniup("reconcile --timeout 300ms")?;
+                ensure!(run.exit == 3 && run.stderr.contains("that list is not whole"), "{}: {}", run.exit, run.stderr);
+                let lacks = |rule: &&str| !ip("rule show").is_ok_and(|rules| rules.contains(*rule));
+                // Those of ENI 3 may have become narrower.
+                let gone: Vec<&str> = rules.lines().filter(|rule| rule.starts_with("20001")).filter(lacks).collect();
+                ensure!(gone.is_empty(), "{gone:?}: {}", run.stderr);
+            }
+            Ok(())
+        })
+    });
+}
