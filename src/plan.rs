@@ -85,7 +85,10 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     }
     let unwanted = Unwanted { desired, observed, placed: &placed, troubles: &plan.troubles.clone(), config };
     let left_alone = LeftAlone::of_enis(&desired.left_alone, observed, config);
-    plan.steps.extend(unwanted.steps(&keep).into_iter().filter(|step| !left_alone.has(&step.operation)));
+    let mut removals = unwanted.steps(&keep);
+    removals.retain(|step| !left_alone.has(&step.operation));
+    spare_shared_rules(&mut removals, &keep.rules, observed, config);
+    plan.steps.extend(removals);
     // Stable: where nothing else orders them, each ENI's own order stays.
     plan.steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
     plan
@@ -374,6 +377,24 @@ impl LeftAlone {
             | Operation::DeleteAddress { link, .. } => is_link(link),
         }
     }
+}
+
+/// What goes before the rules of all ENIs (the guard above all) is needed by those of an ENI that is left alone, too: as long as
+/// one stays that is not wanted, they are not taken away.
+pub fn spare_shared_rules(removals: &mut Vec<Step>, wanted: &BTreeSet<Rule>, observed: &Observed, config: &Config) {
+    let going: BTreeSet<&Rule> = removals.iter().filter_map(|step| deleted_rule(&step.operation)).collect();
+    let stays_unwanted = |rule: &&Rule| {
+        let is_of_eni = policy::owns_rule(config, rule) && policy::leads_to_eni(config, rule);
+        is_of_eni && !wanted.contains(*rule) && !going.contains(rule)
+    };
+    if observed.rules.iter().any(|rule| stays_unwanted(&rule)) {
+        let is_shared = |rule: &Rule| !policy::leads_to_eni(config, rule);
+        removals.retain(|step| !deleted_rule(&step.operation).is_some_and(is_shared));
+    }
+}
+
+fn deleted_rule(operation: &Operation) -> Option<&Rule> {
+    if let Operation::DeleteRule { rule } = operation { Some(rule) } else { None }
 }
 
 /// What is ours and not wanted, as far as there is proof that it is not.

@@ -258,6 +258,11 @@ pub fn bound_rule(config: &Config, link_name: &str, family: Family, table: u32) 
     Rule { oif: Some(link_name.into()), ..rule(config, family, table, table) }
 }
 
+/// Whether the rule leads to a table of an ENI. What else we have of rules goes before those of all ENIs.
+pub fn leads_to_eni(config: &Config, rule: &Rule) -> bool {
+    (config.table_base..=config.table_base + SLOTS + config.subnet_rule_offset).contains(&rule.table)
+}
+
 pub fn owns_address(config: &Config, address: &Address) -> bool {
     address.protocol == config.mark
 }

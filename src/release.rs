@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::ledger::{Found, Ledger};
 use crate::net::{Link, Observed};
 use crate::operation::{LinkChange, LinkRef, Operation};
-use crate::plan::{LeftAlone, Plan, Step};
+use crate::plan::{LeftAlone, Plan, Step, spare_shared_rules};
 use crate::policy;
 use crate::selection::ignored_links;
 
@@ -41,6 +41,7 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
     }
     let left_alone = LeftAlone::of_links(ignored_links(observed, config), observed, config);
     steps.retain(|step| !left_alone.has(&step.operation));
+    spare_shared_rules(&mut steps, &BTreeSet::new(), observed, config);
     steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
     Plan { steps, ..Plan::default() }
 }

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
 use std::sync::LazyLock;
@@ -15,7 +16,7 @@ use eniup::proof::{Notes, Taken, judge};
 use eniup::release::release;
 use eniup::{policy, reconcile};
 use proptest::prelude::*;
-use support::{apply, plan_for, scenarios};
+use support::{Scenario, apply, plan_for, scenarios};
 
 /// The plan as `eniup plan` prints it, with what it warns of as comments below.
 fn shown(attached: &eniup::eni::Attached, plan: &Plan) -> String {
@@ -89,6 +90,45 @@ fn is_removal(operation: &Operation) -> bool {
 /// A ready ENI's rule that gives way to finer ones for the same addresses.
 fn is_superseded(operation: &Operation) -> bool {
     matches!(operation, Operation::DeleteRule { rule } if rule.table == 20002)
+}
+
+fn ignoring(what: &str) -> Config {
+    let text = Ok(format!("[[ignore]]\n{what}\n"));
+    eniup::config::read(&[eniup::config::File { name: "config.toml".into(), text }]).unwrap().config
+}
+
+/// What goes before the rules of all ENIs is not taken from under rules that stay, or containers' traffic would follow those.
+#[test]
+fn who_ignores_enis_that_were_configured_finds_them_as_they_were() {
+    for scenario in scenarios().unwrap() {
+        let name = &scenario.name;
+        let mut observed = scenario.observed();
+        let plan = scenario.plan(&observed);
+        apply(&mut observed, &plan);
+        let guards = |observed: &Observed| -> BTreeSet<Rule> {
+            let is_shared =
+                |rule: &&Rule| policy::owns_rule(&Config::default(), rule) && rule.table < policy::TABLE_BASE;
+            observed.rules.iter().filter(is_shared).cloned().collect()
+        };
+
+        let all = Scenario { config: ignoring("id = \"*\""), ..scenario.clone() };
+        assert_eq!(all.plan(&observed).steps, [], "{name}: all ignored");
+
+        let secondaries = scenario.attached.ready.keys().chain(scenario.attached.pending.keys());
+        let secondaries: Vec<String> =
+            secondaries.filter(|mac| **mac != scenario.attached.primary).map(|mac| format!("{mac:?}")).collect();
+        if !secondaries.is_empty() {
+            let but_primary = Scenario { config: ignoring(&format!("mac = {secondaries:?}")), ..scenario.clone() };
+            let mut after = observed.clone();
+            apply(&mut after, &but_primary.plan(&observed));
+            assert_eq!(guards(&after), guards(&observed), "{name}: all but the primary ignored");
+        }
+
+        let config = ignoring("link = \"*\"");
+        let mut after = observed.clone();
+        apply(&mut after, &release(&observed, &Ledger::default(), &config));
+        assert_eq!(guards(&after), guards(&observed), "{name}: released");
+    }
 }
 
 /// Objects of every sort that are not ours, some of them hard to tell from ours.

@@ -30,6 +30,7 @@ use proptest::prelude::{ProptestConfig, Strategy};
 use proptest::test_runner::{TestCaseError, TestRunner};
 use serde::Deserialize;
 
+#[derive(Clone)]
 pub struct Scenario {
     pub name: String,
     pub folder: PathBuf,
@@ -41,7 +42,7 @@ pub struct Scenario {
 }
 
 /// How a machine differs from a fresh one, by the MAC of an ENI.
-#[derive(Deserialize, Default)]
+#[derive(Clone, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Machine {
     pub no_link_for: Vec<MacAddr>,
