@@ -100,7 +100,7 @@ struct State<'a> {
     writing: Option<Writing>,
     /// Until when a glance tells whether metadata says something else than in the reading.
     whole_until: Option<Instant>,
-    /// Nothing was wrong, and nothing that metadata lacks waited for proof: that takes whole readings.
+    /// Nothing was wrong, and the kernel had no more than metadata tells of: proof that something is gone takes whole readings.
     is_plain: bool,
     /// All was as it should be, and nothing has changed since.
     is_settled: bool,
@@ -358,8 +358,9 @@ impl State<'_> {
             Ok(report) => {
                 self.note_metrics(begun, Some(&report));
                 self.take_note(&report);
-                self.is_plain = report.troubles.is_empty() && report.unsettled.is_empty();
-                self.is_settled = self.is_plain && report.done.is_empty() && self.agrees().await;
+                let is_well = report.troubles.is_empty() && report.unsettled.is_empty();
+                self.is_plain = is_well && self.agrees().await;
+                self.is_settled = self.is_plain && report.done.is_empty();
             }
             Err(error) => {
                 self.note_metrics(begun, None);

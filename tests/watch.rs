@@ -103,10 +103,14 @@ impl Drop for Watch {
     }
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<Duration> {
+fn until(what: &str, holds: impl FnMut() -> Result<bool>) -> Result<Duration> {
+    within(PATIENCE, what, holds)
+}
+
+fn within(patience: Duration, what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<Duration> {
     let begun = Instant::now();
     while !holds()? {
-        ensure!(begun.elapsed() < PATIENCE, "not so in time: {what}");
+        ensure!(begun.elapsed() < patience, "not so in time: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(begun.elapsed())
@@ -150,6 +154,22 @@ fn what_comes_is_configured_and_what_goes_is_taken_away() {
 }
 
 /// Metadata is asked once an hour, unless a link tells that there is something to ask for.
+/// Proof takes 10 s, and needs metadata to be read as a whole once more by then.
+#[test]
+fn an_address_that_metadata_no_longer_has_is_gone_as_soon_as_that_is_proven() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        web.lab.assign(&web.second.clone(), &["10.0.1.77/32".parse()?], false)?;
+        let _watch = Watch::of(&web.lab, &["--interval", "500ms"])?;
+        until("the assigned address answers", || web.answers("10.0.1.77"))?;
+        web.lab.unassign(&web.second.clone(), &["10.0.1.77/32".parse()?])?;
+        let patience = Duration::from_secs(30);
+        within(patience, "the address is gone", || Ok(!web.ip("address")?.contains("10.0.1.77/")))?;
+        ensure!(web.answers("10.0.1.20")?, "the ENI's first address went, too");
+        Ok(())
+    });
+}
+
 #[test]
 fn an_eni_whose_link_comes_is_asked_for_until_metadata_tells_of_it() {
     vpc_lab::inside(|| {
