@@ -12,7 +12,7 @@ use futures::future::{LocalBoxFuture, select_all};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::config::Config;
+use crate::config::{Config, Problems};
 use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
 use crate::ledger::{self, Writing};
@@ -56,16 +56,22 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What it needs beside what a run needs.
 pub struct Watch {
-    /// Between two readings of metadata.
-    pub interval: Duration,
+    pub pace: Pace,
     /// Where metrics are written.
     pub metrics: Option<PathBuf>,
+    /// Reads the configuration anew, and what follows from it beside the command line.
+    pub reload: Box<dyn Fn() -> Result<(Config, Pace), Problems>>,
+}
+
+/// How often, and for how long.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// Between two readings of metadata.
+    pub interval: Duration,
     /// Longer where reading costs much.
     pub is_thrifty: bool,
     /// For one run.
     pub timeout: Duration,
-    /// Reads the configuration anew.
-    pub reload: Box<dyn Fn() -> Result<Config>>,
 }
 
 /// What happens.
@@ -85,6 +91,7 @@ type Answer = (Option<Imds>, Result<Option<Reading>>);
 struct State<'a> {
     options: Options,
     watch: &'a Watch,
+    pace: Pace,
     service: Service,
     netlink: Netlink,
     imds: Option<Imds>,
@@ -131,6 +138,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
     let mut state = State {
         options,
         watch,
+        pace: watch.pace,
         service: Service::of_environment(),
         netlink: Netlink::open().context("opening a netlink socket")?,
         imds: None,
@@ -180,6 +188,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
             Event::Due => state.ask().await?,
             Event::Reload => {
                 state.reload();
+                events.ours_has(state.options.config.mark);
                 state.ask().await?;
                 state.service.say("READY=1");
             }
@@ -240,7 +249,7 @@ impl State<'_> {
                 None => Some(Surroundings::of(&self.netlink.observe().await?)),
             };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
-            let (config, deadline) = (self.options.config.clone(), Instant::now() + self.watch.timeout);
+            let (config, deadline) = (self.options.config.clone(), Instant::now() + self.pace.timeout);
             let is_recent = self.whole_until.is_some_and(|until| Instant::now() < until);
             let known = self.reading.clone().filter(|_| is_recent && self.is_plain);
             self.asking = Some(read(imds, endpoint, surroundings, known, config, deadline).boxed_local());
@@ -313,8 +322,8 @@ impl State<'_> {
                 self.whole_until = None;
                 self.is_settled = false;
                 self.failures += 1;
-                let doubled = self.watch.interval.saturating_mul(1 << (self.failures - 1).min(16));
-                (Some(doubled.min(LONGEST_PAUSE.max(self.watch.interval))), Some(format!("{error:#}")))
+                let doubled = self.pace.interval.saturating_mul(1 << (self.failures - 1).min(16));
+                (Some(doubled.min(LONGEST_PAUSE.max(self.pace.interval))), Some(format!("{error:#}")))
             }
         };
         self.settle().await;
@@ -332,7 +341,7 @@ impl State<'_> {
 
     /// After an answer.
     fn eager_pause(&mut self) -> Duration {
-        let pause = self.pause(self.watch.interval);
+        let pause = self.pause(self.pace.interval);
         if self.expected.is_empty() {
             return pause;
         }
@@ -343,7 +352,7 @@ impl State<'_> {
 
     /// So long, or longer if asking has cost much.
     fn pause(&self, least: Duration) -> Duration {
-        let cost = if self.watch.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
+        let cost = if self.pace.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
         pause_after(least, cost)
     }
 
@@ -352,7 +361,7 @@ impl State<'_> {
         self.settle_by = None;
         let begun = Instant::now();
         let Some(reading) = &self.reading else { return self.note_metrics(begun, None) };
-        self.options.deadline = Instant::now() + self.watch.timeout;
+        self.options.deadline = Instant::now() + self.pace.timeout;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         match reconcile::settle_again(&mut self.netlink, reading, &self.options).await {
             Ok(report) => {
@@ -427,8 +436,12 @@ impl State<'_> {
     fn reload(&mut self) {
         self.service.say(&format!("RELOADING=1\nMONOTONIC_USEC={}", since_boot_in_microseconds()));
         match (self.watch.reload)() {
-            Ok(config) => self.options.config = config,
-            Err(error) => tracing::warn!("{error:#}; going on with the configuration from before"),
+            Ok((config, pace)) => {
+                (self.options.config, self.pace) = (config, pace);
+                // It may not ask for what the configuration tells ENIs apart by.
+                self.asking = None;
+            }
+            Err(problems) => tracing::warn!("{}", problems.told("going on with the configuration from before")),
         }
         self.last_trouble.clear();
         self.whole_until = None;

@@ -111,6 +111,8 @@ fn what_can_be_told_from_the_arguments_alone_is_a_usage_error_with_a_hint() {
                 ("reconcile --timeout soon", &["soon", "--timeout"]),
                 ("reconcile --timeout 30", &["30", "--timeout", "unit"]),
                 ("reconcile --timeout -1s", &["-1"]),
+                ("watch --interval 2h", &["2h", "--interval", "100ms to 1h"]),
+                ("watch --interval 1ms", &["1ms", "100ms to 1h"]),
                 ("plan --metadata", &["--metadata"]),
                 ("-q -v plan", &["-q", "-v"]),
                 ("status --imds-endpoint 169.254.169.254", &["169.254.169.254", "http://169.254.169.254"]),

@@ -430,11 +430,38 @@ fn a_configuration_is_read_anew_on_sighup_and_a_bad_one_changes_nothing() {
         std::fs::create_dir_all(&folder)?;
         std::fs::write(folder.join("50.toml"), "rules = \"per-\"\n")?;
         watch.signal(libc::SIGHUP);
-        watch.hears("going on with the configuration from before")?;
+        watch.hears("the configuration has 1 error; going on with the configuration from before")?;
         ensure!(web.ip("rule")?.contains("24001:"), "a bad configuration changed something");
         std::fs::write(folder.join("50.toml"), "rules = \"per-address\"\n")?;
         watch.signal(libc::SIGHUP);
         until("a rule for the address", || Ok(web.ip("rule")?.contains("from 10.0.1.20 iif lo lookup 20001")))?;
+        Ok(())
+    });
+}
+
+/// A request that is under way is not waited for: it was begun by what the configuration said before.
+#[test]
+fn how_often_and_how_long_metadata_is_asked_is_read_anew_too() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let folder = web.lab.node("web")?.run_directory().join("eniup/config.d");
+        std::fs::create_dir_all(&folder)?;
+        std::fs::write(folder.join("50.toml"), "timeout = \"1h\"\n[watch]\ninterval = \"1h\"\n")?;
+        let mut watch = Watch::of(&web.lab, &[])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        std::fs::write(folder.join("50.toml"), "timeout = \"1h\"\n[watch]\ninterval = \"100ms\"\n")?;
+        watch.signal(libc::SIGHUP);
+        let count = || -> Result<u64> { Ok(web.lab.service("web")?.requests().gets_by_status.values().sum()) };
+        let before = count()?;
+        until("it asks again and again", || Ok(count()? > before + 50))?;
+        let hang = Rule::new("*", Occurrences::Always, Action::Hang);
+        web.lab.service("web")?.set_faults(Faults { rules: vec![hang], ..Faults::default() });
+        // One is under way by then, with an hour's patience.
+        std::thread::sleep(Duration::from_secs(1));
+        std::fs::write(folder.join("50.toml"), "timeout = \"1s\"\n[watch]\ninterval = \"100ms\"\n")?;
+        watch.signal(libc::SIGHUP);
+        watch.hears("metadata")?;
+        ensure!(watch.ends()? == Some(0));
         Ok(())
     });
 }

@@ -181,7 +181,7 @@ pub(super) enum Command {
     #[command(after_help = help::WATCH)]
     Watch {
         /// Between two readings of metadata. Without it 2s, or longer where that would cost more than a thousandth of a core.
-        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        #[arg(long, value_name = "TIME", value_parser = parse_interval)]
         interval: Option<Duration>,
         #[command(flatten)]
         metrics: MetricsFile,
@@ -436,6 +436,14 @@ impl Timeout {
     pub(super) fn soon(&self, config: &Config) -> Instant {
         self.deadline(config).min(Instant::now() + self.timeout.unwrap_or(SOON))
     }
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let [least, most] = [policy::INTERVAL.start(), policy::INTERVAL.end()].map(|end| humantime::format_duration(*end));
+    Some(interval)
+        .filter(|interval| policy::INTERVAL.contains(interval))
+        .ok_or_else(|| format!("expected {least} to {most}"))
 }
 
 /// A bare number is one of seconds: nobody who is in a hurry should have to look up units.

@@ -34,7 +34,7 @@ use crate::snapshot::Snapshot;
 use crate::snapshot_file;
 use crate::status;
 use crate::wait;
-use crate::watch::{self, Watch};
+use crate::watch::{self, Pace, Watch};
 
 /// What a command begins with.
 struct Ground<'a> {
@@ -159,14 +159,25 @@ impl Ground<'_> {
     }
 
     fn watch(&self, interval: Option<Duration>, metrics: &MetricsFile, timeout: &Timeout) -> Watch {
-        let interval = interval.or(self.settings.config.interval);
+        let timeout = timeout.timeout;
+        let pace = move |config: &Config| {
+            let interval = interval.or(config.interval);
+            Pace {
+                interval: interval.unwrap_or(policy::WATCH_INTERVAL),
+                is_thrifty: interval.is_none(),
+                timeout: timeout.unwrap_or(config.timeout),
+            }
+        };
         let file: Option<PathBuf> = self.config_file.map(Path::to_path_buf);
+        let reload = move || {
+            let Settings { config, .. } = config::read(&config_texts(file.as_deref()))?;
+            let pace = pace(&config);
+            Ok((config, pace))
+        };
         Watch {
-            interval: interval.unwrap_or(policy::WATCH_INTERVAL).max(*policy::INTERVAL.start()),
-            is_thrifty: interval.is_none(),
+            pace: pace(&self.settings.config),
             metrics: metrics.path().map(Path::to_path_buf),
-            timeout: timeout.timeout.unwrap_or(self.settings.config.timeout),
-            reload: Box::new(move || Ok(config::read(&config_texts(file.as_deref()))?.config)),
+            reload: Box::new(reload),
         }
     }
 

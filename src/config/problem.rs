@@ -97,17 +97,21 @@ impl fmt::Display for Problem {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Problems(pub Vec<Problem>);
 
-impl fmt::Display for Problems {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+impl Problems {
+    /// All of them, behind what comes of it.
+    pub fn told(&self, outcome: &str) -> String {
         let count = match self.0.len() {
             1 => "1 error".into(),
             n => format!("{n} errors"),
         };
-        write!(f, "the configuration has {count}; nothing was changed")?;
-        for problem in &self.0 {
-            write!(f, "\n\n{problem}")?;
-        }
-        Ok(())
+        let problems: String = self.0.iter().map(|problem| format!("\n\n{problem}")).collect();
+        format!("the configuration has {count}; {outcome}{problems}")
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.told("nothing was changed"))
     }
 }
 

@@ -35,6 +35,11 @@ impl Events {
         Ok(Events { socket, mark, last_remover: None })
     }
 
+    /// By which protocol it is told from now on what is ours.
+    pub fn ours_has(&mut self, mark: u8) {
+        self.mark = mark;
+    }
+
     /// Waits until something has changed. Events that the kernel had no room for are a change, too.
     ///
     /// # Errors
