@@ -159,3 +159,29 @@ fn the_default_configuration_is_empty_and_its_examples_are_right() {
         panic!("{problems}");
     }
 }
+
+/// What a page that is installed links to is installed, too.
+#[test]
+fn no_installed_page_links_to_one_that_is_not() {
+    let build = fs::read_to_string(packaging("build")).unwrap();
+    let mut loops = build.lines().filter_map(|line| line.trim().strip_prefix("for page in ")?.strip_suffix("; do"));
+    let pages = loops.find(|pages| pages.contains("docs/")).expect("a loop over the documentation");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let listed = Command::new("sh").arg("-c").arg(format!("printf '%s\n' {pages}")).current_dir(root).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    // Each format has the changelog under a name of its own.
+    let pages = listed.lines().chain(["CHANGELOG.md"]);
+    let installed: Vec<PathBuf> = pages.map(|page| root.join(page).canonicalize().unwrap()).collect();
+    let mut links = 0;
+    for page in installed.iter().filter(|page| page.extension().is_some_and(|kind| kind == "md")) {
+        let text = fs::read_to_string(page).unwrap();
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        for target in targets.filter(|target| !target.is_empty() && !target.contains("://")) {
+            links += 1;
+            let file = page.parent().unwrap().join(target).canonicalize().ok();
+            let is_installed = file.is_some_and(|file| installed.contains(&file));
+            assert!(is_installed, "{} links to {target}", page.display());
+        }
+    }
+    assert!(links > 20, "{links} links");
+}
