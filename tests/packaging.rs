@@ -93,8 +93,9 @@ fn what_can_be_enabled_is_disabled_by_the_presets() {
 fn the_udev_rule_does_no_more_than_leave_a_file() {
     let rules = fs::read_to_string(packaging("udev/99-eniup.rules")).unwrap();
     let actions: Vec<&str> = rules.lines().filter(|line| line.contains("+=") || line.contains(":=")).collect();
-    let expected = r#"ENV{ID_NET_DRIVER}=="ena|ixgbevf|vif", RUN+="/bin/touch /run/eniup/hotplug/event""#;
-    assert_eq!(actions, [expected]);
+    let named = r#"ENV{ID_NET_DRIVER}=="ena|ixgbevf|vif", RUN+="/bin/touch /run/eniup/hotplug/event""#;
+    let unnamed = r#"ENV{ID_NET_DRIVER}!="?*", DRIVERS=="ena|ixgbevf|vif", RUN+="/bin/touch /run/eniup/hotplug/event""#;
+    assert_eq!(actions, [named, unnamed]);
     let path = fs::read_to_string(packaging("systemd/eniup-hotplug.path")).unwrap();
     assert!(path.contains("DirectoryNotEmpty=/run/eniup/hotplug\n"));
     assert!(rules.contains("TEST!=\"/run/eniup/hotplug\", GOTO"));
