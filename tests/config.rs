@@ -694,6 +694,31 @@ fn an_eni_that_comes_to_be_ignored_keeps_what_it_has_until_it_is_released_by_nam
 }
 
 #[test]
+fn an_address_of_an_eni_that_comes_to_be_ignored_still_reaches_containers() {
+    inside(|| {
+        let all = "id = '*'";
+        let secondaries = "device_number = [1, 2]";
+        let by_link = "link = 'eth0*'";
+        for (ignored, verb) in [(all, "reconcile"), (secondaries, "reconcile"), (by_link, "release")] {
+            with_scenario("three-enis-of-which-two-share", |machine| {
+                for command in ["link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0"] {
+                    ip(command)?;
+                }
+                ip("link set docker0 up")?;
+                machine.reconcile(0)?;
+                let file = write(machine, &format!("[[ignore]]\n{ignored}\n"))?;
+                eniup_with(machine, verb, &file)?;
+                ensure!(ip("rule")?.contains("lookup 20002"), "{verb}, {ignored}: nothing stays");
+                let way = ip("route get 172.17.0.2 from 10.0.1.22")?;
+                ensure!(way.contains("dev docker0"), "{verb}, {ignored}: {way}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn what_leads_to_an_isolated_enis_subnet_by_somebody_else_stays_so() {
     inside(|| {
         with_scenario("isolated-eni-captures-nothing-of-others", |machine| {
