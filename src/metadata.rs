@@ -194,9 +194,9 @@ impl Tree {
     /// A key that is there, though the listing that was read of its directory does not name it: such a listing is not whole.
     fn unlisted(&self, directory: &str) -> Option<&str> {
         let Some(Answer::Present(listing)) = self.answers.get(directory) else { return None };
-        let listed: BTreeSet<&str> = lines(listing).collect();
-        let keys = self.present_below(directory).map(split).filter(|(above, _)| *above == directory);
-        keys.map(|(_, name)| name).find(|name| !listed.contains(name))
+        let keys = self.present_below(directory).filter_map(|path| path.strip_prefix(directory));
+        let mut keys = keys.filter(|key| !key.trim_end_matches('/').contains('/'));
+        keys.find(|key| !lines(listing).any(|line| line == *key))
     }
 
     /// A saved snapshot: a JSON object with the keys of [`SavedTree`], others being ignored.

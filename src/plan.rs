@@ -393,6 +393,19 @@ pub fn spare_shared_rules(removals: &mut Vec<Step>, wanted: &BTreeSet<Rule>, obs
     }
 }
 
+/// Whether the ENI is to have a rule for the whole subnet of which this one covers a part. As nobody else is known to have anything in
+/// that subnet, it is right.
+fn is_within_subnet_rule(rule: &Rule, eni: &DesiredEni) -> bool {
+    let mut wanted = eni.rules.iter().map(|wanted| &wanted.object);
+    let is_part = |wanted: &Rule| {
+        let Some((whole, part)) = wanted.from.zip(rule.from) else { return false };
+        let is_same =
+            (&wanted.iif, &wanted.oif, wanted.to, wanted.table) == (&rule.iif, &rule.oif, rule.to, rule.table);
+        is_same && wanted.priority > rule.priority && whole.contains(&part)
+    };
+    wanted.any(is_part)
+}
+
 fn deleted_rule(operation: &Operation) -> Option<&Rule> {
     if let Operation::DeleteRule { rule } = operation { Some(rule) } else { None }
 }
@@ -469,12 +482,15 @@ impl Unwanted<'_> {
         }
     }
 
-    /// A ready ENI's source rules follow from its own addresses, which are known. Everything else (the guard, rules to
+    /// A ready ENI's source rules follow from its own addresses, which are known; but as long as anything is pending those stay that
+    /// a rule for the whole subnet would replace, for another ENI may have got one for the same subnet while this one was
+    /// pending. Everything else (the guard, rules to
     /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have; but those before the guard
     /// rule from what was observed in `main`.
     fn rule_may_go(&self, rule: &Rule) -> bool {
         let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority;
-        let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(|eni| eni.is_whole);
+        let is_not_its = |eni: &DesiredEni| eni.is_whole && (self.is_complete() || !is_within_subnet_rule(rule, eni));
+        let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(is_not_its);
         let is_proven = self.is_complete() || self.is_link_gone(rule.table);
         is_own || is_proven && !self.is_table_in_trouble(rule.table)
     }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::desired::{Desired, desired};
-use crate::eni::Attached;
+use crate::eni::{Attached, Pending, Reason};
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
 use crate::lock::{self, Deeds, Turn};
@@ -168,7 +168,7 @@ async fn look_again(
         }
         _ => {
             let again = Reading::take(imds, &options.config).await?;
-            if again.tree.lacks_what_is_known_in(&reading.tree) {
+            if again.lacks_what_is_known_by(&reading) {
                 bail!("another run has changed something meanwhile, and not all of metadata can be read again")
             }
             again
@@ -205,6 +205,17 @@ impl Reading {
             && imds.glance(self.tree.clone(), &enis, Scope::of(config)).await? == self.tree)
     }
 
+    /// Whether something could not be read that an earlier reading knows.
+    fn lacks_what_is_known_by(&self, earlier: &Reading) -> bool {
+        let was_read = |mac: &MacAddr| {
+            let is_read = |pending: &Pending| !matches!(pending.reason, Reason::Unknown { .. });
+            earlier.all.ready.contains_key(mac) || earlier.all.pending.get(mac).is_some_and(is_read)
+        };
+        let mut unread =
+            self.all.pending.iter().filter(|(_, pending)| matches!(pending.reason, Reason::Unknown { .. }));
+        self.tree.lacks_what_is_known_in(&earlier.tree) || unread.any(|(mac, _)| was_read(mac))
+    }
+
     /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled with all of it,
     /// so that what has gone from one ENI to another is seen on both.
     async fn again(self, imds: &mut Imds, attached: &Attached, config: &Config) -> Result<Reading> {
@@ -216,7 +227,7 @@ impl Reading {
             false => Reading::take(imds, config).await?,
         };
         // A read that fails takes back nothing, and one ENI made of two readings may never have been.
-        Ok(if again.tree.lacks_what_is_known_in(&self.tree) { self } else { again })
+        Ok(if again.lacks_what_is_known_by(&self) { self } else { again })
     }
 }
 

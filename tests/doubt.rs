@@ -219,3 +219,44 @@ fn a_list_of_keys_that_lacks_one_that_is_there_proves_nothing() {
         })
     });
 }
+
+/// Two readings in each of which one ENI's list of keys is not found, so that its IPv6 is not known: the other one seems to be alone in
+/// the subnet, each in its turn.
+#[test]
+fn enis_that_cannot_be_read_in_turn_keep_their_ways() {
+    inside(|| {
+        let address = |eni: u8| format!("2600:1f16:67f:f201::{eni}");
+        for turns in [[2, 3], [3, 2]] {
+            with_scenario(SHARED, |machine| {
+                let mut leaves = told(SHARED)?;
+                for eni in BOTH {
+                    leaves.insert(path(eni, "subnet-ipv6-cidr-blocks"), "2600:1f16:67f:f201::/64".into());
+                    leaves.insert(path(eni, "ipv6s"), address(eni));
+                }
+                machine.publish(leaves);
+                machine.reconcile(0)?;
+                for unread in turns {
+                    let rule =
+                        Rule::new(&format!("*/{}", &path(unread, "")[8..]), Occurrences::Always, Action::Status(404));
+                    machine.service.set_faults(Faults { rules: vec![rule], ..Faults::default() });
+                    let run = machine.eniup("reconcile --timeout 300ms")?;
+                    ensure!(run.exit == 3 && machine.service.requests().faults > 0, "{}: {}", run.exit, run.stderr);
+                    for eni in BOTH {
+                        let way = ip(&format!("route get 2001:db8::7 from {}", address(eni)))?;
+                        ensure!(
+                            way.contains(&format!("dev eth0{eni} ")),
+                            "{way}{}\n{}",
+                            run.stderr,
+                            ip("-6 rule show")?
+                        );
+                    }
+                }
+                be_well(machine);
+                machine.reconcile(0)?;
+                machine.assert_settled()
+            })
+            .with_context(|| format!("{turns:?}"))?;
+        }
+        Ok(())
+    });
+}
