@@ -194,9 +194,10 @@ impl Tree {
     /// A key that is there, though the listing that was read of its directory does not name it: such a listing is not whole.
     fn unlisted(&self, directory: &str) -> Option<&str> {
         let Some(Answer::Present(listing)) = self.answers.get(directory) else { return None };
+        let listed: Vec<&str> = lines(listing).collect();
         let keys = self.present_below(directory).filter_map(|path| path.strip_prefix(directory));
         let mut keys = keys.filter(|key| !key.trim_end_matches('/').contains('/'));
-        keys.find(|key| !lines(listing).any(|line| line == *key))
+        keys.find(|key| !listed.contains(key))
     }
 
     /// A saved snapshot: a JSON object with the keys of [`SavedTree`], others being ignored.
