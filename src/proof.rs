@@ -138,6 +138,19 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
 /// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
 /// whoever has put it there, and what its rules send its way before those of the others.
 pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+    let mut attached = attached.clone();
+    loop {
+        let pending = attached.pending.len();
+        let conflicts = conflicts_with_pending(&attached, observed, config);
+        attached.leave_disputed(conflicts);
+        // Whoever waits for that has something, too.
+        if attached.pending.len() == pending {
+            return attached;
+        }
+    }
+}
+
+fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(MacAddr, Dispute)> {
     let mut conflicts = Vec::new();
     for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
         let Some(mac) = link.mac.filter(|mac| attached.pending.contains_key(mac)) else { continue };
@@ -159,9 +172,7 @@ pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Confi
             conflicts.extend(disputed.map(|source| (*other, Dispute { source, by: attached.name_of(mac) })));
         }
     }
-    let mut attached = attached.clone();
-    attached.leave_disputed(conflicts);
-    attached
+    conflicts
 }
 
 /// What moves by this, and what has moved lately.

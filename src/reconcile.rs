@@ -21,7 +21,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
-use crate::proof::{Judgement, Notes, Taken, judge, leave_to_pending, moves};
+use crate::proof::{Judgement, Notes, Taken, judge, moves};
 use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
@@ -254,20 +254,19 @@ async fn settle(
     ensure_known_primary(all.primary, ledger, netlink).await?;
     *ledger = std::mem::take(ledger).of(all.primary);
     let observed = observe_as_noted(netlink, ledger, options).await?;
-    let all = leave_to_pending(all, &observed, &options.config);
-    let believed = believed(&all, *taken, &observed, ledger, options);
+    let believed = believed(all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
     let mut attached = all.clone();
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
     let desire = |observed: &Observed| {
-        attached = select(&all, tree, observed, &files, &options.config);
+        attached = select(all, tree, observed, &files, &options.config);
         desired(&select(&believed, tree, observed, &files, &options.config), &options.config)
     };
     let mut report = converge(netlink, ledger, observed, desire, all.primary, options, trial).await?;
     report.troubles.extend(pending_troubles(&attached));
     report.enis = listed(&attached);
     if options.is_hotplug {
-        report.troubles.extend(unlisted_troubles(&all, &netlink.observe().await?, &options.config));
+        report.troubles.extend(unlisted_troubles(all, &netlink.observe().await?, &options.config));
     }
     note_troubles(&report, ledger, options);
     Ok((report, attached))
@@ -281,8 +280,7 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
     let files = machine_files::read_of_container_networks();
-    let all = leave_to_pending(&reading.all, &observed, &options.config);
-    let attached = select(&all, &reading.tree, &observed, &files, &options.config);
+    let attached = select(&reading.all, &reading.tree, &observed, &files, &options.config);
     let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
@@ -332,8 +330,7 @@ fn believed(
     let has_ours = observed.addresses.iter().any(|(_, address)| policy::owns_address(&options.config, address));
     let notes = Notes { sightings, moves, unknown_before: ledger.notes.unknown_before.filter(|_| has_ours) };
     keep(ledger, ledger.with_notes(notes), options);
-    // What is not listed any more is pending by now.
-    leave_to_pending(&attached, observed, &options.config)
+    attached
 }
 
 fn keep(ledger: &mut Ledger, noted: Ledger, options: &Options) {
@@ -630,8 +627,7 @@ pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::of(config)).await?;
     let files = machine_files::read_of_container_networks();
-    let all = leave_to_pending(&metadata::attached(&tree)?, &observed, config);
-    let attached = select(&all, &tree, &observed, &files, config);
+    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

@@ -13,9 +13,12 @@ use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
 use crate::net::{Family, Link, MacAddr, Observed};
 use crate::policy;
+use crate::proof::leave_to_pending;
 
 /// The attached ENIs with those set aside that are to be left alone, or may be.
 pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Files, config: &Config) -> Attached {
+    // Before anything else: an ENI that is to be left alone has what it has, too.
+    let attached = &leave_to_pending(attached, observed, config);
     let network = container_network(files, observed);
     // The machine stands on the primary, of which a container network has addresses only.
     let is_primary = |mac: &MacAddr| *mac == attached.primary;

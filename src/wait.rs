@@ -228,6 +228,7 @@ async fn first(endpoint: Option<String>, surroundings: Surroundings, scope: Scop
 
 async fn once_more(mut imds: Imds, tree: Tree, enis: BTreeSet<MacAddr>, scope: Scope, at: Instant) -> Answer {
     sleep_until(at).await;
-    let tree = imds.ask_again(tree, &enis, scope).await;
-    (Some(imds), tree)
+    let again = imds.ask_again(tree.clone(), &enis, scope).await;
+    // A read that fails takes back nothing.
+    (Some(imds), again.map(|again| if again.lacks_what_is_known_in(&tree) { tree } else { again }))
 }

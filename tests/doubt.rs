@@ -90,6 +90,15 @@ fn what_an_eni_has_that_cannot_be_read_goes_to_no_other() {
                     ensure!(run.exit == 3 && run.stderr.contains(&said), "{}: {}", run.exit, run.stderr);
                     ensure!(holders("10.0.1.77")? == [holder], "{:?}: {}", holders("10.0.1.77")?, run.stderr);
                     ensure!(leaves_by("10.0.1.77")? == holder, "{}", run.stderr);
+                    let status = machine.eniup("status --timeout 700ms")?;
+                    ensure!(
+                        status.exit == 3 && !status.stdout.contains("drifted"),
+                        "{}: {}",
+                        status.exit,
+                        status.stdout
+                    );
+                    let plan = machine.eniup("plan --timeout 700ms")?;
+                    ensure!(plan.stdout.is_empty(), "left to do: {}", plan.stdout);
                     let gone = rules.lines().find(|rule| !ip("rule show").is_ok_and(|rules| rules.contains(*rule)));
                     ensure!(
                         gone.is_none_or(|rule| rule.starts_with(&format!("2000{}", other - 1))),
