@@ -12,9 +12,11 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::desired::Desired;
 use crate::net::{Address, Link, MacAddr, Observed};
 use crate::operation::{LinkChange, Operation};
 use crate::plan::Step;
+use crate::policy;
 use crate::proof::Notes;
 use crate::whole_file;
 
@@ -128,6 +130,24 @@ impl Ledger {
     /// The ledger after a snapshot that leaves these.
     pub fn with_notes(&self, notes: Notes) -> Ledger {
         Ledger { notes, ..self.clone() }
+    }
+
+    /// The ledger after what these steps add has arrived with its ENI, `now` being in milliseconds since boot.
+    pub fn with_arrivals(mut self, steps: &[Step], desired: &Desired, observed: &Observed, now: u64) -> Ledger {
+        let arrival = |step: &Step| match &step.operation {
+            Operation::AddAddress { link, address } => {
+                Some((observed.links.get(&link.index)?.mac?, address.net.addr().into()))
+            }
+            Operation::AddRule { rule } if policy::is_of_prefix(rule) => {
+                let (mac, _) = desired.enis.iter().find(|(_, eni)| eni.table == rule.table)?;
+                Some((*mac, rule.from?))
+            }
+            _ => None,
+        };
+        for (mac, source) in steps.iter().filter_map(arrival) {
+            self.notes.arrivals.entry(mac).or_default().insert(source, now);
+        }
+        self
     }
 
     /// The ledger after a run with these troubles. One that was there before is as old as it was.

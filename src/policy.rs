@@ -107,8 +107,9 @@ pub const INTERVAL: std::ops::RangeInclusive<Duration> = Duration::from_millis(1
 /// lack what is there, for moments (amazon-vpc-cni-k8s issue 1967, amazon-ec2-net-utils issue 161).
 pub const PROOF_PAUSE: u64 = 10_000;
 
-/// Milliseconds after a move from one ENI to another for which metadata that has it the other way round needs proof.
-pub const RETURN_DOUBT: u64 = 60_000;
+/// Milliseconds after an address has come to an ENI for which metadata that gives it to another one needs proof, too: it may be
+/// older.
+pub const ARRIVAL_DOUBT: u64 = 60_000;
 
 /// How long a run on trial may wait for its confirmation: long enough to type it, and no longer than somebody sits there.
 pub const TRIAL: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
@@ -276,6 +277,11 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
 /// Our mark, and nothing that our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
     rule.protocol == config.mark && !rule.has_more
+}
+
+/// Whether this is a rule for all traffic of a source, as those of delegated prefixes are.
+pub fn is_of_prefix(rule: &Rule) -> bool {
+    rule.from.is_some() && rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none()
 }
 
 /// Whether the kernel is still busy with an address of ours. It acknowledges an IPv6 address and finishes it later, on a

@@ -1,8 +1,8 @@
 //! What metadata no longer tells of is taken away only on proof: two complete snapshots that both lack it, some time apart.
 //! Here the first of them is noted, and until the second has come metadata is taken as if it still told of it. A link that
-//! is gone is proof at once; so is an address that metadata gives to another ENI by now, unless it has come from there lately.
+//! is gone is proof at once; so is an address that metadata gives to another ENI by now, unless it has arrived a moment ago.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 // A length of time, no clock.
 use core::time::Duration;
 use std::fmt;
@@ -51,25 +51,18 @@ pub struct Sighting {
     pub since: u64,
 }
 
-/// What has come from one ENI to another, and when. Metadata that is stale has it the other way round.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-pub struct Move {
-    /// As of a [`Lost`]: an address as a whole-length prefix, or a delegated prefix.
-    pub source: IpNet,
-    pub from: MacAddr,
-    pub to: MacAddr,
-    /// The end of the first snapshot that told so.
-    pub since: u64,
-}
+/// What has been added to ENIs lately, and when: metadata that is older gives it to whoever had it before. Addresses are
+/// whole-length prefixes, as of a [`Lost`]; times are milliseconds since boot.
+pub type Arrivals = BTreeMap<MacAddr, BTreeMap<IpNet, u64>>;
 
 /// What a run leaves to the next ones.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Notes {
     #[serde(default)]
     pub sightings: BTreeSet<Sighting>,
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub moves: BTreeSet<Move>,
-    /// Notes from before then are lost (milliseconds since boot), so any move may be one back.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub arrivals: Arrivals,
+    /// Notes from before then are lost (milliseconds since boot), so anything may have arrived right before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unknown_before: Option<u64>,
 }
@@ -94,18 +87,16 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
         if attached.ready.contains_key(&mac) && has_twin(link, &links) {
             continue;
         }
-        // Metadata gives it back to where it was a moment ago: that may be stale.
-        let is_return = |source: &IpNet| {
-            let has_left = |moved: &&Move| moved.source == *source && is_recent(moved.since, taken);
-            let is_there = |moved: &Move| attached.ready.get(&moved.from).is_some_and(|eni| eni.has(source));
-            let is_unknown = known.unknown_before.is_some_and(|before| is_recent(before, taken));
-            is_unknown || known.moves.iter().filter(has_left).any(is_there)
+        // Metadata that gives it to another one may be older than what it told a moment ago.
+        let has_just_arrived = |source: &IpNet| {
+            let since = known.arrivals.get(&mac).and_then(|of_eni| of_eni.get(source));
+            since.into_iter().chain(&known.unknown_before).any(|since| is_recent(*since, taken))
         };
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
             let lost = own.sources.iter().filter(|source| !eni.has(source));
-            let lost = lost.filter(|source| !is_anybodys(source, attached, &links) || is_return(source));
+            let lost = lost.filter(|source| !is_anybodys(source, attached, &links) || has_just_arrived(source));
             let stay: Vec<IpNet> = lost
                 .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
@@ -175,26 +166,15 @@ fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Con
     conflicts
 }
 
-/// What moves by this, and what has moved lately.
-pub fn moves(
-    attached: &Attached,
-    observed: &Observed,
-    known: &BTreeSet<Move>,
-    taken: Taken,
-    config: &Config,
-) -> BTreeSet<Move> {
-    let mut moves: BTreeSet<Move> = known.iter().filter(|moved| is_recent(moved.since, taken)).copied().collect();
-    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
-    for link in links.iter().filter(|link| !has_twin(link, &links)) {
-        let Some((from, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
-        for source in Own::on(link, Some(eni), observed, config).sources.into_iter().filter(|source| !eni.has(source)) {
-            let Some((to, _)) = attached.ready.iter().find(|(_, eni)| eni.has(&source)) else { continue };
-            // It may have been there and back meanwhile: the last time counts.
-            moves.retain(|moved| (moved.source, moved.from, moved.to) != (source, from, *to));
-            moves.insert(Move { source, from, to: *to, since: taken.ended });
-        }
+impl Notes {
+    /// What is still of interest of it.
+    pub fn recent_arrivals(&self, taken: Taken) -> Arrivals {
+        let recent = |(mac, of_eni): (&MacAddr, &BTreeMap<IpNet, u64>)| {
+            let of_eni = of_eni.iter().filter(|(_, since)| is_recent(**since, taken));
+            (*mac, of_eni.map(|(source, since)| (*source, *since)).collect::<BTreeMap<_, _>>())
+        };
+        self.arrivals.iter().map(recent).filter(|(_, of_eni)| !of_eni.is_empty()).collect()
     }
-    moves
 }
 
 /// Whether another link has the same MAC. Which of them is the ENI's cannot be told, so nothing of it is done or undone.
@@ -203,7 +183,7 @@ fn has_twin(link: &Link, links: &[&Link]) -> bool {
 }
 
 fn is_recent(since: u64, taken: Taken) -> bool {
-    taken.begun < since.saturating_add(policy::RETURN_DOUBT)
+    taken.begun < since.saturating_add(policy::ARRIVAL_DOUBT)
 }
 
 impl Taken {
@@ -259,10 +239,8 @@ impl Own {
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
         let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
-        let is_prefix = |rule: &&Rule| {
-            let is_source_alone = rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none();
-            policy::owns_rule(config, rule) && is_source_alone && tables.contains(&rule.table)
-        };
+        let is_prefix =
+            |rule: &&Rule| policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table);
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         let in_tables: BTreeSet<IpNet> = routes.iter().filter(is_subnet).map(|route| route.destination).collect();
         // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.

@@ -21,7 +21,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
-use crate::proof::{Judgement, Notes, Taken, judge, moves};
+use crate::proof::{Judgement, Notes, Taken, judge};
 use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
@@ -325,10 +325,10 @@ fn believed(
             false => tracing::info!("{why}"),
         }
     }
-    let moves = moves(&attached, observed, &ledger.notes.moves, taken, &options.config);
-    // Where nothing is ours nothing has moved.
+    // Where nothing is ours nothing has arrived.
     let has_ours = observed.addresses.iter().any(|(_, address)| policy::owns_address(&options.config, address));
-    let notes = Notes { sightings, moves, unknown_before: ledger.notes.unknown_before.filter(|_| has_ours) };
+    let unknown_before = ledger.notes.unknown_before.filter(|_| has_ours);
+    let notes = Notes { sightings, arrivals: ledger.notes.recent_arrivals(taken), unknown_before };
     keep(ledger, ledger.with_notes(notes), options);
     attached
 }
@@ -463,7 +463,8 @@ async fn converge(
             // Only what this run has changed is worth waiting for.
             observed = observe_settled(netlink, ledger, options, SETTLING).await?;
         }
-        let mut plan = plan(&desire(&observed), &observed, primary, &options.config);
+        let desired = desire(&observed);
+        let mut plan = plan(&desired, &observed, primary, &options.config);
         report.drift = plan.steps.len();
         plan.steps.retain(|step| !options.held_back.contains(&step.operation.to_string()));
         if plan.steps.is_empty() || round == ROUNDS {
@@ -477,7 +478,8 @@ async fn converge(
             trial.note(&plan.steps, &observed, &options.directory)?;
             lock::count_decision(&options.directory);
         }
-        keep(ledger, ledger.noting(&plan.steps, &observed), options);
+        let noted = ledger.noting(&plan.steps, &observed);
+        keep(ledger, noted.with_arrivals(&plan.steps, &desired, &observed, since_boot()?), options);
         lock::count_change(&options.directory);
         failures = carry_out(netlink, &plan, &mut report).await?;
     }

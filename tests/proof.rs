@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use eniup::config::Config;
 use eniup::eni::Attached;
 use eniup::net::{MacAddr, Observed};
-use eniup::policy::{PROOF_PAUSE, RETURN_DOUBT};
-use eniup::proof::{Judgement, Move, Notes, Sighting, Taken, judge};
+use eniup::policy::{ARRIVAL_DOUBT, PROOF_PAUSE};
+use eniup::proof::{Judgement, Notes, Sighting, Taken, judge};
 use support::machine::{
     Machine, age_notes, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
 };
@@ -300,19 +300,17 @@ fn taken(after: u64) -> Taken {
     Taken { begun: AT_FIRST.ended + after, ended: AT_FIRST.ended + after + 5 }
 }
 
-/// Twice within a minute, and then a read from before the first time.
+/// Where it was before nobody needs to know: that ENI may have had no mark of ours, no link, or no place in the list.
 #[test]
-fn what_has_moved_twice_does_not_go_back_to_where_it_was_at_first() -> Result<()> {
+fn what_has_just_arrived_goes_to_another_eni_on_proof_only() -> Result<()> {
     let scenario = scenario("two-subnets-dual-stack")?;
     let macs: Vec<MacAddr> = scenario.attached.ready.keys().copied().collect();
-    let third = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 9]).context("no MAC")?;
-    // What metadata gives to the first ENI now, and the second has by way of a third.
+    // What metadata gives to the first ENI now, and the second has.
     let source = "10.0.0.77/32".parse()?;
     let mut stale = scenario.attached.clone();
     stale.ready.get_mut(&macs[0]).context("no ENI")?.ipv4s.push("10.0.0.77".parse()?);
-    let since = AT_FIRST.ended;
-    let moves = [Move { source, from: macs[0], to: third, since }, Move { source, from: third, to: macs[1], since }];
-    let known = Notes { moves: moves.into(), ..Notes::default() };
+    let arrivals = [(macs[1], [(source, AT_FIRST.ended)].into())].into();
+    let known = Notes { arrivals, ..Notes::default() };
     let mut observed = eniup::plan::fresh_machine(&scenario.attached);
     let link = observed.links.values().find(|link| link.mac == Some(macs[1])).context("no link")?.index;
     let address = eniup::policy::address(&Config::default(), source, false);
@@ -321,8 +319,10 @@ fn what_has_moved_twice_does_not_go_back_to_where_it_was_at_first() -> Result<()
     let soon = judge(&stale, &observed, &known, taken(1_000), &config);
     ensure!(soon.postponed.iter().any(|lost| lost.source == Some(source)), "{:?}", soon.postponed);
     ensure!(!soon.attached.ready[&macs[0]].ipv4s.contains(&"10.0.0.77".parse()?), "both have it");
-    let later = judge(&stale, &observed, &known, taken(RETURN_DOUBT), &config);
+    ensure!(known.recent_arrivals(taken(1_000)) == known.arrivals);
+    let later = judge(&stale, &observed, &known, taken(ARRIVAL_DOUBT), &config);
     ensure!(later.postponed.is_empty(), "{:?}", later.postponed);
+    ensure!(known.recent_arrivals(taken(ARRIVAL_DOUBT)).is_empty());
     Ok(())
 }
 
@@ -425,16 +425,16 @@ fn what_metadata_gives_to_an_eni_without_a_link_stays_where_it_is() {
     });
 }
 
-/// Lets so many milliseconds pass since the moves that were noted, and since notes were lost.
-fn age_moves(machine: &Machine, milliseconds: u64) -> Result<()> {
+/// Lets so many milliseconds pass since the arrivals that were noted, and since notes were lost.
+fn age_arrivals(machine: &Machine, milliseconds: u64) -> Result<()> {
     let path = machine.directory.join("ledger.json");
     let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
     let age = |time: &mut serde_json::Value| -> Result<()> {
         *time = time.as_u64().context("no time")?.saturating_sub(milliseconds).into();
         Ok(())
     };
-    for moved in ledger["moves"].as_array_mut().context("the ledger has no moves")? {
-        age(&mut moved["since"])?;
+    for of_eni in ledger["arrivals"].as_object_mut().context("the ledger has no arrivals")?.values_mut() {
+        of_eni.as_object_mut().context("no arrivals")?.values_mut().try_for_each(age)?;
     }
     ledger.get_mut("unknown_before").map_or(Ok(()), age)?;
     Ok(fs::write(path, ledger.to_string())?)
@@ -476,6 +476,7 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                     Ok(())
                 };
                 run(verb, on(2), (true, false))?;
+                age_arrivals(machine, ARRIVAL_DOUBT)?;
                 run(verb, on(3), (false, true))?;
                 // Stale, once and again, and true in between.
                 let rules = ip("rule show")?;
@@ -488,7 +489,7 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 run("reconcile --automatic", on(2), (true, false))?;
                 run("reconcile --automatic", on(3), (true, false))?;
                 run("reconcile --automatic", on(2), (true, false))?;
-                age_moves(machine, RETURN_DOUBT)?;
+                age_arrivals(machine, ARRIVAL_DOUBT)?;
                 run("reconcile --automatic", on(3), (false, true))?;
                 run("reconcile", on(2), (true, false))?;
                 // Where the notes are lost nobody can tell what has moved lately.
@@ -506,9 +507,9 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 // There, back and there again: the last time counts.
                 run("reconcile", on(3), (false, true))?;
                 run("reconcile", on(2), (true, false))?;
-                age_moves(machine, RETURN_DOUBT * 3 / 4)?;
+                age_arrivals(machine, ARRIVAL_DOUBT * 3 / 4)?;
                 run("reconcile", on(3), (false, true))?;
-                age_moves(machine, RETURN_DOUBT / 3)?;
+                age_arrivals(machine, ARRIVAL_DOUBT / 3)?;
                 run("reconcile --automatic", on(2), (false, true))?;
                 // Who can note nothing would doubt for ever.
                 fs::remove_file(&ledger)?;
@@ -517,5 +518,38 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
             })?;
         }
         Ok(())
+    });
+}
+
+/// As with an address, though no ENI had it before with a mark of ours: it was on one that is not attached any more, or the
+/// container network's.
+#[test]
+fn a_prefix_and_an_address_that_have_just_come_from_elsewhere_do_not_go_back_at_once() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let told = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+            let on = |n: u8| -> Leaves {
+                let mut leaves = told.clone();
+                for (key, line) in [("local-ipv4s", "10.0.1.77"), ("ipv4-prefix", "10.0.1.96/28")] {
+                    let list = leaves.entry(format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}")).or_default();
+                    *list = format!("{list}\n{line}").trim().into();
+                }
+                leaves
+            };
+            let ensure_on = |n: u8, run: &str| -> Result<()> {
+                let has = ip(&format!("addr show eth0{n}"))?.contains("10.0.1.77/");
+                let is_routed = ip("rule show")?.contains(&format!("from 10.0.1.96/28 lookup 2000{}", n - 1));
+                ensure!(has && is_routed, "not on ENI {n}: {run}\n{}", ip("rule show")?);
+                Ok(())
+            };
+            machine.publish(on(3));
+            machine.reconcile(0)?;
+            machine.publish(on(2));
+            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            ensure_on(3, &run.stderr)?;
+            age_arrivals(machine, ARRIVAL_DOUBT)?;
+            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            ensure_on(2, &run.stderr)
+        })
     });
 }
