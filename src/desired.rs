@@ -146,7 +146,7 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
         routes,
         rules,
         bound_families: Vec::new(),
-        is_whole: true,
+        is_whole: !attached.disputes.contains_key(&attached.primary),
         left_alone: eni.left_alone(),
         has_addresses: true,
     }

@@ -142,19 +142,43 @@ impl Pending {
     }
 }
 
-/// An address or prefix that metadata gives to another ENI as well, that overlaps one of another's, or that another has of which it
-/// is not known what metadata gives it.
+/// An address or prefix of which it is not clear whether the ENI that metadata gives it to is to have it now.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dispute {
     pub source: IpNet,
     /// The other ENI's id.
     pub by: String,
+    pub claim: Claim,
+}
+
+/// What another ENI has to do with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Claim {
+    /// Metadata gives it to that one as well, or a part of it, or what it is a part of.
+    Given,
+    /// That one has it, and metadata does not tell all of that one.
+    Has,
+    /// Rules of that one, of which metadata does not tell all, go before.
+    Captures,
+    /// Metadata does not tell all of that one, and a route to a container leads to it: it may be that one's.
+    Routes,
 }
 
 impl fmt::Display for Dispute {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Dispute { by, claim, .. } = self;
         let source = show_source(&self.source);
-        write!(f, "{source} overlaps what {} has or is given; it is left as it is until that is clear", self.by)
+        match claim {
+            Claim::Given => write!(f, "{source} overlaps what metadata gives to {by}")?,
+            Claim::Has => write!(f, "{source} overlaps what {by} has, of which metadata does not tell all")?,
+            Claim::Captures => write!(f, "rules of {by}, of which metadata does not tell all, go before {source}'s")?,
+            Claim::Routes => write!(
+                f,
+                "a route in main leads to {source} as to a container's address, and metadata does not tell whether it is \
+                 {by}'s"
+            )?,
+        }
+        write!(f, "; it is left as it is until that is clear")
     }
 }
 
@@ -169,8 +193,8 @@ pub enum Reason {
     IdTaken { mac: MacAddr, by: MacAddr },
     /// Another ENI has the same card and device number, so both would get one table.
     SlotTaken { slot: Slot, by: String },
-    /// Another ENI has its first address as well.
-    SourceTaken { source: IpNet, by: String },
+    /// Its first address is in dispute.
+    Disputed(Dispute),
     /// It is not listed any more, and its link is still here.
     Unproven,
     /// A key could not be read; says nothing of its value.
@@ -191,7 +215,7 @@ impl Reason {
             | Reason::PlaceholderSlot
             | Reason::IdTaken { .. }
             | Reason::SlotTaken { .. }
-            | Reason::SourceTaken { .. }
+            | Reason::Disputed(_)
             | Reason::Unproven
             | Reason::Undecided { .. }
             | Reason::Unknown { .. } => true,
@@ -212,9 +236,7 @@ impl fmt::Display for Reason {
                 f,
                 "it has network card and device number {slot}, and so has {by}: both would need the same routing table"
             ),
-            Reason::SourceTaken { source, by } => {
-                write!(f, "metadata gives {} to it, and {by} has it or is given it, too", show_source(source))
-            }
+            Reason::Disputed(dispute) => write!(f, "its first address: {dispute}"),
             Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
             Reason::Undecided { by } => {
                 write!(f, "metadata does not tell yet what decides whether {by} means it")
@@ -320,9 +342,9 @@ impl Attached {
 
     /// The ENIs of which metadata may tell something else a moment later.
     pub fn unsettled(&self) -> BTreeSet<MacAddr> {
-        let is_clash = |pending: &Pending| matches!(pending.reason, Reason::SourceTaken { .. });
+        let is_clash = |pending: &Pending| matches!(pending.reason, Reason::Disputed(_));
         let is_disputed = !self.disputes.is_empty() || self.pending.values().any(is_clash);
-        // The primary is never in dispute, but it may be the one whose addresses are out of date.
+        // The primary's first addresses are never in dispute, but it may be the one whose metadata is out of date.
         let primary = is_disputed.then_some(self.primary);
         let ignored = self.ignored.keys().filter(|_| is_disputed);
         // An ENI without any address is EFA-only, or its addresses are on their way: the kernel's links tell, not metadata.
@@ -346,15 +368,20 @@ impl Attached {
         }
     }
 
-    /// Leaves ready ENIs without what is disputed. One whose first address is waits as a whole.
+    /// Leaves ready ENIs without what is disputed. One whose first address is waits as a whole; but the primary's first of each
+    /// family are its own whatever happens: the machine stands on them, and metadata had them from launch.
     pub fn leave_disputed(&mut self, conflicts: Vec<(MacAddr, Dispute)>) {
         for (mac, dispute) in conflicts {
             let Some(eni) = self.ready.get(&mac) else { continue };
-            let is_first = eni.ipv4s.first().is_some_and(|first| dispute.source == IpAddr::from(*first).into());
-            if is_first {
-                let Dispute { source, by } = dispute;
-                self.set_aside(mac, Reason::SourceTaken { source, by });
-                continue;
+            let is_first =
+                |family| eni.addresses(family).first().is_some_and(|first| dispute.source == (*first).into());
+            match mac == self.primary {
+                true if Family::BOTH.into_iter().any(is_first) => continue,
+                false if is_first(Family::V4) => {
+                    self.set_aside(mac, Reason::Disputed(dispute));
+                    continue;
+                }
+                true | false => {}
             }
             let of_eni = self.disputes.entry(mac).or_default();
             if !of_eni.contains(&dispute) {

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
-use crate::eni::{Attached, Dispute, Eni, Pending, Reason, Slot};
+use crate::eni::{Attached, Claim, Dispute, Eni, Pending, Reason, Slot};
 use crate::net::{Family, MacAddr};
 
 /// The key that names the primary ENI's MAC; there from launch.
@@ -139,9 +139,23 @@ impl Tree {
 
     /// Whether something could not be read that an earlier tree knows.
     pub fn lacks_what_is_known_in(&self, earlier: &Tree) -> bool {
+        self.lacks_what_is_known_below("", earlier)
+    }
+
+    /// The same, with everything below a directory as an earlier tree has it.
+    pub fn with_directory_of(mut self, earlier: &Tree, directory: &str) -> Tree {
+        self.forget_below(directory);
+        let below = earlier.answers.iter().filter(|(path, _)| path.starts_with(directory));
+        self.answers.extend(below.map(|(path, answer)| (path.clone(), answer.clone())));
+        self
+    }
+
+    /// Whether something below a directory could not be read that an earlier tree knows.
+    pub fn lacks_what_is_known_below(&self, directory: &str, earlier: &Tree) -> bool {
         let is_unknown = |answer: Option<&Answer>| matches!(answer, Some(Answer::Unknown(_)));
         let known = earlier.answers.iter().filter(|(_, answer)| !is_unknown(Some(*answer)));
-        known.into_iter().any(|(path, _)| is_unknown(self.answers.get(path)))
+        let mut known = known.filter(|(path, _)| path.starts_with(directory));
+        known.any(|(path, _)| is_unknown(self.answers.get(path)))
     }
 
     /// Whether all that was asked for below a directory was there.
@@ -415,9 +429,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
     for (mac, reason) in id_conflicts(primary, ready).into_iter().chain(slot_conflicts(primary, ready)) {
         attached.set_aside(mac, reason);
     }
-    // The primary is what the machine stands on, and metadata had it from launch.
-    let conflicts = source_conflicts(&attached).into_iter().filter(|(mac, _)| *mac != primary);
-    attached.leave_disputed(conflicts.collect());
+    attached.leave_disputed(source_conflicts(&attached));
     Ok(attached)
 }
 
@@ -464,8 +476,8 @@ fn source_conflicts(attached: &Attached) -> Vec<(MacAddr, Dispute)> {
         for wider in wider.filter_map(|length| Some(IpNet::new(source.addr(), *length).ok()?.trunc())) {
             for other in owners.get(&wider).into_iter().flatten() {
                 for mac in macs.iter().filter(|mac| *mac != other) {
-                    conflicts.push((*mac, Dispute { source: *source, by: name(other) }));
-                    conflicts.push((*other, Dispute { source: wider, by: name(mac) }));
+                    conflicts.push((*mac, Dispute { source: *source, by: name(other), claim: Claim::Given }));
+                    conflicts.push((*other, Dispute { source: wider, by: name(mac), claim: Claim::Given }));
                 }
             }
         }

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, Dispute, Eni, Pending, Reason, show_source};
+use crate::eni::{Attached, Claim, Dispute, Eni, Pending, Reason, show_source};
 use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
@@ -102,20 +102,7 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
                 .collect();
             judgement.forget(&stay, mac);
-            // Its routes and rules could not be had beside those of other subnets: all stays as it is.
-            let is_of_another_subnet = |source: &IpNet| {
-                let told = eni.subnets(source.family());
-                !told.is_empty() && !told.iter().any(|subnet| subnet.contains(source))
-            };
-            if stay.iter().any(is_of_another_subnet) {
-                judgement.attached.ready.remove(&mac);
-                judgement.attached.pending.insert(mac, own.pending(link));
-                continue;
-            }
-            for source in stay {
-                let eni = judgement.attached.ready.entry(mac).or_insert_with(|| eni.clone());
-                put_back(eni, source, &own);
-            }
+            stay_with(&mut judgement.attached, mac, stay, &own, link);
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
@@ -127,7 +114,8 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
 }
 
 /// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
-/// whoever has put it there, and what its rules send its way before those of the others.
+/// whoever has put it there, what its rules send its way before those of the others, and what may be its containers'. What is
+/// in dispute stays on the link that has it.
 pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
     let mut attached = attached.clone();
     loop {
@@ -136,6 +124,7 @@ pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Confi
         attached.leave_disputed(conflicts);
         // Whoever waits for that has something, too.
         if attached.pending.len() == pending {
+            leave_where_it_is(&mut attached, observed, config);
             return attached;
         }
     }
@@ -143,6 +132,9 @@ pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Confi
 
 fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(MacAddr, Dispute)> {
     let mut conflicts = Vec::new();
+    let mut dispute = |mac: MacAddr, source: IpNet, by: MacAddr, claim: Claim| {
+        conflicts.push((mac, Dispute { source, by: attached.name_of(by), claim }));
+    };
     for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
         let Some(mac) = link.mac.filter(|mac| attached.pending.contains_key(mac)) else { continue };
         let mut held = Own::on(link, None, observed, config).sources;
@@ -151,22 +143,95 @@ fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Con
         let is_of_tables = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
         let captures = |rule: &&Rule| is_of_tables(rule) && rule.to.is_none() && rule.from.is_some();
         let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
-        for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac && **other != attached.primary) {
+        for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac) {
             let table = policy::table(config, eni.slot);
             let is_before = |rule: &&&Rule| rule.priority < table;
-            let is_held = |source: &IpNet| {
+            for source in eni.all_sources() {
                 let mut captured = captures.iter().filter(is_before).filter_map(|rule| rule.from);
-                held.iter().any(|held| held.contains(source) || source.contains(held))
-                    || captured.any(|from| from.contains(source))
-            };
-            let disputed = eni.all_sources().into_iter().filter(is_held);
-            conflicts.extend(disputed.map(|source| (*other, Dispute { source, by: attached.name_of(mac) })));
+                if held.iter().any(|held| held.contains(&source) || source.contains(held)) {
+                    dispute(*other, source, mac, Claim::Has);
+                } else if captured.any(|from| from.contains(&source)) {
+                    dispute(*other, source, mac, Claim::Captures);
+                }
+            }
+        }
+    }
+    // Which addresses an ENI's containers have the kernel does not tell, but how they are reached.
+    if let Some((by, _)) = attached.pending.iter().find(|(_, pending)| pending.sources.is_none()) {
+        let of_containers = addresses_of_containers(attached, observed);
+        // Of the primary a container network's addresses are not ours to give.
+        for (mac, eni) in attached.ready.iter().filter(|(mac, _)| **mac != attached.primary) {
+            let sources = eni.all_sources().into_iter().filter(|source| of_containers.contains(source));
+            sources.for_each(|source| dispute(*mac, source, *by, Claim::Routes));
         }
     }
     conflicts
 }
 
+/// To which `main` leads by links that are no ENIs', each alone.
+fn addresses_of_containers(attached: &Attached, observed: &Observed) -> BTreeSet<IpNet> {
+    let is_enis = |mac: MacAddr| attached.ready.contains_key(&mac) || attached.pending.contains_key(&mac);
+    let is_other = |index: u32| observed.links.get(&index).is_some_and(|link| !link.mac.is_some_and(is_enis));
+    let is_host = |route: &Route| {
+        let net = &route.destination;
+        (route.table, &route.kind) == (policy::MAIN_TABLE, &RouteKind::Unicast)
+            && net.prefix_len() == net.family().bits()
+    };
+    let routes = observed.routes.iter().filter(|(index, route)| is_host(route) && index.is_some_and(is_other));
+    routes.map(|(_, route)| route.destination).collect()
+}
+
+/// What is disputed, or given to an ENI that is pending, nobody gets now; whoever has it works on with it meanwhile.
+fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Config) {
+    let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
+    let pending = attached.pending.values().filter(|pending| pending.reason.may_pass());
+    let waited_for = pending.flat_map(|pending| pending.sources.iter().flatten().copied());
+    let waited_for: BTreeSet<IpNet> = disputed.chain(waited_for).collect();
+    if waited_for.is_empty() {
+        return;
+    }
+    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    for link in links.iter().filter(|link| !has_twin(link, &links)) {
+        let Some((mac, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
+        let own = Own::on(link, Some(eni), observed, config);
+        let is_left = |source: &&IpNet| {
+            let is_waited_for = waited_for.iter().any(|other| other.contains(*source) || source.contains(other));
+            let is_given = attached.ready.values().any(|eni| eni.has(source));
+            is_waited_for && !is_given && !has_dispute(attached, mac, source)
+        };
+        let stay: Vec<IpNet> = own.sources.iter().filter(is_left).copied().collect();
+        stay_with(attached, mac, stay, &own, link);
+    }
+}
+
+/// Then it stays anyway.
+fn has_dispute(attached: &Attached, mac: MacAddr, source: &IpNet) -> bool {
+    attached.disputes.get(&mac).into_iter().flatten().any(|dispute| dispute.source == *source)
+}
+
+/// Gives an ENI what its link has of these.
+fn stay_with(attached: &mut Attached, mac: MacAddr, stay: Vec<IpNet>, own: &Own, link: &Link) {
+    let Some(eni) = attached.ready.get_mut(&mac) else { return };
+    // Its routes and rules could not be had beside those of other subnets: all stays as it is.
+    let is_of_another_subnet = |source: &IpNet| {
+        let told = eni.subnets(source.family());
+        !told.is_empty() && !told.iter().any(|subnet| subnet.contains(source))
+    };
+    if stay.iter().any(is_of_another_subnet) {
+        attached.ready.remove(&mac);
+        attached.pending.insert(mac, own.pending(link));
+        return;
+    }
+    stay.into_iter().for_each(|source| put_back(eni, source, own));
+}
+
 impl Notes {
+    /// Whether a snapshot that is taken now may prove something that this one cannot.
+    pub fn is_proof_due(&self, taken: Taken, now: u64) -> bool {
+        let mut due = self.sightings.iter().map(|sighting| sighting.since + policy::PROOF_PAUSE);
+        due.any(|due| taken.begun < due && due <= now)
+    }
+
     /// What is still of interest of it.
     pub fn recent_arrivals(&self, taken: Taken) -> Arrivals {
         let recent = |(mac, of_eni): (&MacAddr, &BTreeMap<IpNet, u64>)| {
@@ -239,8 +304,9 @@ impl Own {
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
         let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
-        let is_prefix =
-            |rule: &&Rule| policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table);
+        let is_prefix = |rule: &&Rule| {
+            policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table)
+        };
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         let in_tables: BTreeSet<IpNet> = routes.iter().filter(is_subnet).map(|route| route.destination).collect();
         // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.

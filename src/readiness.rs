@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
+
 use crate::config::Config;
-use crate::eni::{Attached, Eni, Ignored};
+use crate::eni::{Attached, Dispute, Eni, Ignored};
 use crate::explain::Said;
 use crate::fib::{Packet, Way};
 use crate::metadata::{self, Tree};
@@ -90,6 +92,10 @@ pub fn why_not(address: IpAddr, tree: &Tree, attached: &Attached) -> Readiness {
         return Readiness::Never(format!(
             "it is a public address, which no link ever has: wait for {private}, the private one behind it"
         ));
+    }
+    let in_dispute = |dispute: &&Dispute| dispute.source.contains(&IpNet::from(address));
+    if let Some(dispute) = attached.disputes.values().flatten().find(in_dispute) {
+        return Readiness::Waits(dispute.to_string());
     }
     let has_it = |eni: &Eni| eni.all_sources().contains(&address.into());
     if let Some(eni) = attached.ready.values().find(|eni| has_it(eni)) {

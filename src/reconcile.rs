@@ -159,7 +159,9 @@ async fn look_again(
         Deeds { decisions, .. } if decisions != ended.decisions => {
             bail!("meanwhile somebody has released what was done, or made a run on trial")
         }
-        Deeds { changes, .. } if changes == ended.changes => reading.again(imds, attached, &options.config).await?,
+        Deeds { changes, .. } if changes == ended.changes => {
+            reading.again(imds, attached, &ledger.notes, &options.config).await?
+        }
         // What cannot be read for want of time would pass for pending.
         _ if Instant::now() + whole_takes * 2 > options.deadline => {
             bail!(
@@ -207,26 +209,47 @@ impl Reading {
 
     /// Whether something could not be read that an earlier reading knows.
     fn lacks_what_is_known_by(&self, earlier: &Reading) -> bool {
-        let was_read = |mac: &MacAddr| {
-            let is_read = |pending: &Pending| !matches!(pending.reason, Reason::Unknown { .. });
-            earlier.all.ready.contains_key(mac) || earlier.all.pending.get(mac).is_some_and(is_read)
-        };
-        let mut unread =
-            self.all.pending.iter().filter(|(_, pending)| matches!(pending.reason, Reason::Unknown { .. }));
-        self.tree.lacks_what_is_known_in(&earlier.tree) || unread.any(|(mac, _)| was_read(mac))
+        let mut enis = self.all.pending.keys();
+        self.tree.lacks_what_is_known_in(&earlier.tree) || enis.any(|mac| self.lacks_eni_known_by(earlier, *mac))
     }
 
-    /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled with all of it,
-    /// so that what has gone from one ENI to another is seen on both.
-    async fn again(self, imds: &mut Imds, attached: &Attached, config: &Config) -> Result<Reading> {
+    /// The same of one ENI.
+    fn lacks_eni_known_by(&self, earlier: &Reading, mac: MacAddr) -> bool {
+        let is_unread = |pending: &Pending| matches!(pending.reason, Reason::Unknown { .. });
+        let was_read = earlier.all.ready.contains_key(&mac)
+            || earlier.all.pending.get(&mac).is_some_and(|pending| !is_unread(pending));
+        self.tree.lacks_what_is_known_below(&metadata::eni_directory(mac), &earlier.tree)
+            || was_read && self.all.pending.get(&mac).is_some_and(is_unread)
+    }
+
+    /// The same, with all that an earlier reading has of the ENIs of which something could not be read that it knows: a read that
+    /// fails takes back nothing, and one ENI made of two readings may never have been.
+    fn with_enis_known_by(self, earlier: &Reading) -> Result<Reading, Unusable> {
+        let Reading { mut tree, all, taken } = self.clone();
+        let macs = all.ready.keys().chain(all.pending.keys());
+        let unread: Vec<MacAddr> = macs.copied().filter(|mac| self.lacks_eni_known_by(earlier, *mac)).collect();
+        if unread.is_empty() {
+            return Ok(self);
+        }
+        for mac in unread {
+            tree = tree.with_directory_of(&earlier.tree, &metadata::eni_directory(mac));
+        }
+        // What proves something has to be as young as it says.
+        Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun: earlier.taken.begun, ..taken } })
+    }
+
+    /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled, or time may
+    /// prove something, with all of it, so that what has gone from one ENI to another is seen on both.
+    async fn again(self, imds: &mut Imds, attached: &Attached, notes: &Notes, config: &Config) -> Result<Reading> {
+        let is_proof_due = notes.is_proof_due(self.taken, since_boot()?);
         let unsettled = attached.unsettled();
         let tree = imds.ask_again(self.tree.clone(), &unsettled, Scope::of(config)).await?;
         let all = metadata::attached(&tree)?;
-        let again = match all.unsettled().is_superset(&self.all.unsettled()) {
+        let again = match !is_proof_due && all.unsettled().is_superset(&self.all.unsettled()) {
             true => Reading { tree, all, taken: Taken { ended: since_boot()?, ..self.taken } },
             false => Reading::take(imds, config).await?,
         };
-        // A read that fails takes back nothing, and one ENI made of two readings may never have been.
+        let again = again.with_enis_known_by(&self)?;
         Ok(if again.lacks_what_is_known_by(&self) { self } else { again })
     }
 }
@@ -256,13 +279,15 @@ async fn settle(
     let observed = observe_as_noted(netlink, ledger, options).await?;
     let believed = believed(all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
-    let mut attached = all.clone();
+    let (mut attached, mut taken_as_true) = (all.clone(), believed.clone());
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
     let desire = |observed: &Observed| {
         attached = select(all, tree, observed, &files, &options.config);
-        desired(&select(&believed, tree, observed, &files, &options.config), &options.config)
+        taken_as_true = select(&believed, tree, observed, &files, &options.config);
+        desired(&taken_as_true, &options.config)
     };
     let mut report = converge(netlink, ledger, observed, desire, all.primary, options, trial).await?;
+    report.troubles.extend(waiting_for_proof(&taken_as_true));
     report.troubles.extend(pending_troubles(&attached));
     report.enis = listed(&attached);
     if options.is_hotplug {
@@ -611,6 +636,14 @@ pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
         Some((attached.ready.get(mac)?.id.clone(), Trouble { state: State::Pending, why: why.join("; ") }))
     });
     pending.chain(disputed).chain(malformed).collect()
+}
+
+/// What metadata tells, and is not done as long as it is not proven that another ENI has it no more.
+fn waiting_for_proof(taken_as_true: &Attached) -> impl Iterator<Item = (String, Trouble)> {
+    let is_itself = |(_, pending): &(&MacAddr, &Pending)| pending.reason == Reason::Unproven;
+    let themselves: Vec<String> =
+        taken_as_true.pending.iter().filter(is_itself).map(|(mac, _)| taken_as_true.name_of(*mac)).collect();
+    pending_troubles(taken_as_true).into_iter().filter(move |(eni, _)| !themselves.contains(eni))
 }
 
 /// The links that metadata may come to tell of.

@@ -4,6 +4,7 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use eniup::metadata::eni_directory;
@@ -136,6 +137,170 @@ fn what_the_primary_has_that_cannot_be_read_goes_to_no_other() {
     });
 }
 
+/// The other way round: the primary's rules come first, so it would take what it is given from all others.
+#[test]
+fn what_an_eni_has_goes_to_the_primary_only_when_metadata_gives_it_to_no_other() {
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    inside(|| {
+        let of = |eni: u8| Ok::<_, anyhow::Error>(and(told("one-shared-subnet")?, eni, "local-ipv4s", "10.0.0.77"));
+        let both = and(of(1)?, 2, "local-ipv4s", "10.0.0.77");
+        for (verb, claims, unread) in [
+            (VERBS[0], of(1)?, Some("local-ipv4s")),
+            (VERBS[1], of(1)?, Some("local-ipv4s")),
+            (VERBS[0], both.clone(), None),
+            (VERBS[1], both, None),
+        ] {
+            with_scenario("one-shared-subnet", |machine| {
+                machine.publish(of(2)?);
+                machine.reconcile(0)?;
+                machine.publish(claims.clone());
+                unread.into_iter().for_each(|key| fail(machine, &path(2, key)));
+                let run = machine.eniup(verb)?;
+                let said = "eni-01 is pending: 10.0.0.77 overlaps what";
+                ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+                let to_neighbour = ip("route get 10.0.0.9 from 10.0.0.77")?;
+                ensure!(
+                    holders("10.0.0.77")? == [2] && leaves_by("10.0.0.77")? == 2 && to_neighbour.contains("dev eth02"),
+                    "{:?} {to_neighbour}: {}",
+                    holders("10.0.0.77")?,
+                    run.stderr
+                );
+                // What the machine stands on is never in doubt.
+                ensure!(!ip("addr show eth01")?.is_empty() && !run.stderr.contains("first address"), "{}", run.stderr);
+                be_well(machine);
+                machine.publish(of(1)?);
+                machine.reconcile(0)?;
+                ensure!(holders("10.0.0.77")? == [1] && leaves_by("10.0.0.77")? == 1, "it is not moved");
+                Ok(())
+            })
+            .with_context(|| format!("{verb}, {unread:?}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// The machine stands on them.
+#[test]
+fn the_primarys_first_addresses_are_never_in_dispute() {
+    inside(|| {
+        with_scenario("one-shared-subnet", |machine| {
+            machine.publish(and(told("one-shared-subnet")?, 2, "local-ipv4s", "10.0.0.10"));
+            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let said = "eni-02 is pending: 10.0.0.10 overlaps what metadata gives to eni-01";
+            ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+            ensure!(!run.stderr.contains("eni-01 is pending"), "{}", run.stderr);
+            let rules = ip("rule show")?;
+            ensure!(rules.contains("from 10.0.0.10 to 10.0.0.0/24 iif lo lookup 20000"), "{rules}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn what_the_primary_has_and_another_one_is_given_too_stays_with_it() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+            with_scenario("one-shared-subnet", |machine| {
+                let of_primary = and(told("one-shared-subnet")?, 1, "local-ipv4s", "10.0.0.77");
+                machine.publish(of_primary.clone());
+                machine.reconcile(0)?;
+                machine.publish(and(of_primary, 2, "local-ipv4s", "10.0.0.77"));
+                let run = machine.eniup(verb)?;
+                ensure!(run.exit == 3 && holders("10.0.0.77")? == [1], "{}: {}", run.exit, run.stderr);
+                ensure!(leaves_by("10.0.0.77")? == 1, "{}", run.stderr);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// A third one, of which nothing is known, has an old copy.
+#[test]
+fn what_is_in_dispute_stays_where_it_is() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+            with_scenario(SHARED, |machine| {
+                let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
+                machine.publish(of(2)?);
+                machine.reconcile(0)?;
+                ip("addr add 10.0.1.77/32 dev eth01")?;
+                machine.publish(of(3)?);
+                fail(machine, &path(1, "local-ipv4s"));
+                let run = machine.eniup(verb)?;
+                let said = "eni-03 is pending: 10.0.1.77 overlaps what eni-01 has";
+                ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+                ensure!(
+                    holders("10.0.1.77")? == [1, 2] && leaves_by("10.0.1.77")? == 2,
+                    "{:?}: {}",
+                    holders("10.0.1.77")?,
+                    run.stderr
+                );
+                machine.eniup("reconcile --timeout 700ms")?;
+                let plan = machine.eniup("plan --timeout 700ms")?;
+                ensure!(plan.stdout.is_empty(), "left to do: {}after {}", plan.stdout, run.stderr);
+                ensure!(holders("10.0.1.77")? == [1, 2] && leaves_by("10.0.1.77")? == 2, "by hand it goes");
+                ip("addr del 10.0.1.77/32 dev eth01")?;
+                let run = machine.eniup("reconcile --timeout 700ms")?;
+                ensure!(holders("10.0.1.77")? == [3] && leaves_by("10.0.1.77")? == 3, "{}: {}", run.exit, run.stderr);
+                Ok(())
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
+/// ENI 2 is whole, and waits for the primary, which has its first address and of which nothing is known.
+#[test]
+fn what_an_eni_has_that_waits_for_another_goes_to_no_third() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
+            machine.publish(of(2)?);
+            machine.reconcile(0)?;
+            ip("addr add 10.0.1.20/32 dev eth01")?;
+            machine.publish(of(3)?);
+            fail(machine, &path(1, "local-ipv4s"));
+            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let said = [
+                "eni-02 is pending: its first address: 10.0.1.20 overlaps what eni-01 has",
+                "eni-03 is pending: 10.0.1.77 overlaps what eni-02 has",
+            ];
+            ensure!(run.exit == 3 && said.iter().all(|said| run.stderr.contains(said)), "{}: {}", run.exit, run.stderr);
+            ensure!(holders("10.0.1.77")? == [2] && leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
+            Ok(())
+        })
+    });
+}
+
+/// A container network has its addresses on no link of the machine, but a route to each.
+#[test]
+fn a_containers_address_goes_to_no_eni_while_it_may_be_anothers() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+            with_scenario(SHARED, |machine| {
+                let before = told(SHARED)?;
+                ip("link add pod0 type veth peer name pod1")?;
+                ip("link set pod0 up")?;
+                ip("route add 10.0.1.77/32 dev pod0")?;
+                machine.publish(and(before.clone(), 3, "local-ipv4s", "10.0.1.77"));
+                fail(machine, &path(2, "local-ipv4s"));
+                let run = machine.eniup(verb)?;
+                let said = "eni-03 is pending: a route in main leads to 10.0.1.77 as to a container's address";
+                ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+                ensure!(holders("10.0.1.77")?.is_empty(), "{}", run.stderr);
+                be_well(machine);
+                machine.reconcile(0)?;
+                ensure!(holders("10.0.1.77")? == [3]);
+                Ok(())
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
 /// As if it were not attached, with what it had given to another one.
 #[test]
 fn what_an_eni_has_that_is_not_listed_goes_to_another_on_proof_only() {
@@ -148,17 +313,44 @@ fn what_an_eni_has_that_is_not_listed_goes_to_another_on_proof_only() {
                 let mut lie = and(told(SHARED)?, other, "local-ipv4s", "10.0.1.77");
                 lie.retain(|key, _| !key.starts_with(&path(holder, "")));
                 machine.publish(lie);
-                let run = machine.eniup("reconcile --automatic")?;
+                let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+                let said = format!("eni-0{other} is pending: 10.0.1.77 overlaps what eni-0{holder} has");
+                ensure!(run.exit == 3 && run.stderr.contains(&said), "{}: {}", run.exit, run.stderr);
                 ensure!(run.stderr.contains("whose link is still here stays"), "{}: {}", run.exit, run.stderr);
                 ensure!(holders("10.0.1.77")? == [holder] && leaves_by("10.0.1.77")? == holder, "{}", run.stderr);
                 age_notes(machine, PROOF_PAUSE)?;
                 let run = machine.eniup("reconcile --automatic")?;
+                ensure!(run.exit == 0, "{}: {}", run.exit, run.stderr);
                 ensure!(holders("10.0.1.77")? == [other] && leaves_by("10.0.1.77")? == other, "{}", run.stderr);
                 Ok(())
             })
             .with_context(|| format!("ENI {holder}"))?;
         }
         Ok(())
+    });
+}
+
+/// It waits for the one that is to have the address, so it may as well wait for the proof.
+#[test]
+fn a_run_that_has_the_time_proves_by_itself_that_an_eni_is_gone() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            machine.publish(and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77"));
+            machine.reconcile(0)?;
+            let mut moved = and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.77");
+            moved.retain(|key, _| !key.starts_with(&path(2, "")));
+            machine.publish(moved);
+            let begun = Instant::now();
+            let run = machine.eniup("reconcile --automatic --timeout 25s")?;
+            ensure!(run.exit == 0 && run.stderr.contains("stays: metadata has to"), "{}: {}", run.exit, run.stderr);
+            ensure!(
+                begun.elapsed() >= Duration::from_millis(PROOF_PAUSE),
+                "before that it is no proof: {}",
+                run.stderr
+            );
+            ensure!(holders("10.0.1.77")? == [3] && leaves_by("10.0.1.77")? == 3, "{}", run.stderr);
+            Ok(())
+        })
     });
 }
 
@@ -173,7 +365,7 @@ fn an_address_that_a_rule_of_a_pending_eni_captures_waits_for_that_eni() {
             machine.publish(and(before, 3, "local-ipv4s", "10.0.1.70"));
             fail(machine, &path(2, "local-ipv4s"));
             let run = machine.eniup("reconcile --timeout 700ms")?;
-            let said = "eni-03 is pending: 10.0.1.70 overlaps what eni-02 has";
+            let said = "eni-03 is pending: rules of eni-02, of which metadata does not tell all, go before 10.0.1.70's";
             ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
             ensure!(holders("10.0.1.70")?.is_empty(), "{}", run.stderr);
             be_well(machine);

@@ -256,6 +256,55 @@ fn what_fails_while_a_run_waits_makes_nothing_less_known() {
     });
 }
 
+/// Of an ENI that cannot be read any more all is as it was read before, and the others are read on.
+#[test]
+fn an_eni_that_cannot_be_read_any_more_keeps_no_other_from_being_done() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            let key = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+            let mut half = told(THREE)?;
+            half.remove(&key(2, "device-number"));
+            machine.publish(half.clone());
+            let mut none = half.clone();
+            none.remove(&key(3, "device-number"));
+            machine.publish(none);
+            let waits = waiting_for(machine, "reconcile --timeout 3s")?;
+            let rules = vec![Rule::new("*/02:00:00:00:00:02/local-ipv4s", Occurrences::Always, Action::Status(503))];
+            machine.service.set_faults(Faults { rules, ..Faults::default() });
+            machine.publish(half);
+            waits.ends(3, "eni-02 is pending: metadata does not have its `device-number` yet")?;
+            ensure!(machine.service.requests().faults > 0, "it was not asked for again");
+            ensure!(ip("addr show eth03")?.contains("10.0.1.40/"), "the other one is not done");
+            Ok(())
+        })
+    });
+}
+
+/// `wait` looks again and again, too.
+#[test]
+fn what_fails_while_wait_waits_makes_nothing_less_known() {
+    inside(|| {
+        const DISPUTED: &str = "disputed-address-is-left-out";
+        with_scenario(DISPUTED, |machine| {
+            let mut leaves = told(DISPUTED)?;
+            leaves.insert("network/interfaces/macs/02:00:00:00:00:03/interface-id".into(), "eni-0000000c".into());
+            machine.publish(leaves);
+            machine.service.reset_counters();
+            let waits = Meanwhile::start(machine, "wait --eni eni-0000000c --timeout 3s")?;
+            let lists = || {
+                let gets = machine.service.requests().gets_by_path;
+                gets.iter().filter(|(path, _)| path.ends_with("/macs/")).map(|(_, count)| count).sum::<u64>()
+            };
+            until("a second look", || Ok(lists() > 1))?;
+            let rules = vec![Rule::new("*/02:00:00:00:00:02/local-ipv4s", Occurrences::Always, Action::Status(503))];
+            machine.service.set_faults(Faults { rules, ..Faults::default() });
+            waits.ends(3, "after 3.0 s: 10.0.1.21 overlaps what metadata gives to eni-02")?;
+            ensure!(machine.service.requests().faults > 0, "it was not asked for again");
+            Ok(())
+        })
+    });
+}
+
 /// From the ENI that is waited for to one of which all was read before.
 #[test]
 fn what_moves_while_a_run_waits_is_seen_on_both_sides() {
