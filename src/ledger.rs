@@ -279,6 +279,7 @@ pub fn load_or_mend(directory: &Path, now: u64) -> Ledger {
         tracing::warn!("{error:#}; going on with an empty one");
         None
     });
+    let known = known.map(|known| Ledger { notes: known.notes.clone().until(now), ..known });
     known.unwrap_or_else(|| {
         let doubting = empty().with_notes(Notes { unknown_before: Some(now), ..Notes::default() });
         // Who can note nothing would doubt for ever.

@@ -8,12 +8,12 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
+use crate::doubt::leave_to_pending;
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
 use crate::net::{Family, Link, MacAddr, Observed};
 use crate::policy;
-use crate::proof::leave_to_pending;
 
 /// The attached ENIs with those set aside that are to be left alone, or may be.
 pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Files, config: &Config) -> Attached {

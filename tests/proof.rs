@@ -323,6 +323,9 @@ fn what_has_just_arrived_goes_to_another_eni_on_proof_only() -> Result<()> {
     let later = judge(&stale, &observed, &known, taken(ARRIVAL_DOUBT), &config);
     ensure!(later.postponed.is_empty(), "{:?}", later.postponed);
     ensure!(known.recent_arrivals(taken(ARRIVAL_DOUBT)).is_empty());
+    ensure!(known.clone().until(AT_FIRST.ended) == known);
+    let known = known.until(AT_FIRST.ended - 1);
+    ensure!(judge(&stale, &observed, &known, taken(1_000), &config).postponed.is_empty(), "a note from the future");
     Ok(())
 }
 

@@ -5,13 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 49] = [
+const FLOW: [&str; 51] = [
     "net",
     "config",
     "eni",
     "policy",
     "metadata",
+    "holdings",
     "proof",
+    "doubt",
     "markers",
     "container_network",
     "selection",
@@ -58,13 +60,15 @@ const FLOW: [&str; 49] = [
 ];
 
 /// These compute; everything else may touch the world.
-const PURE: [&str; 27] = [
+const PURE: [&str; 29] = [
     "net",
     "config",
     "eni",
     "policy",
     "metadata",
+    "holdings",
     "proof",
+    "doubt",
     "markers",
     "container_network",
     "selection",

@@ -153,7 +153,7 @@ fn only_links_of_enis_are_set(plan: &Plan, selected: &Attached, before: &Observe
 }
 
 /// The promise: from an address of one ENI nothing leaves by another. What metadata gives to this ENI as well as to
-/// another that is pending, or that disputes it with the primary, is no other's.
+/// another that is pending, or in dispute with it, is no other's.
 fn matches_its_own_enis_sources_only(rule: &Rule, selected: &Attached, desired: &Desired, config: &Config) {
     let Some(from) = rule.from else { return };
     let is_of = |table: u32| [table, policy::last_table(config, table, rule.family)].contains(&rule.table);

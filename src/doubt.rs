@@ -1,0 +1,107 @@
+//! While metadata does not tell all of an ENI, nobody knows whether it still has what another one is given: that is left as it is.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+
+use crate::config::Config;
+use crate::eni::{Attached, Claim, Dispute};
+use crate::holdings::{Own, has_twin, routes_of, stay_with};
+use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::policy;
+
+/// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
+/// whoever has put it there, what its rules send its way before those of the others, and what may be its containers'. What is
+/// in dispute stays on the link that has it.
+pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+    let mut attached = attached.clone();
+    loop {
+        let pending = attached.pending.len();
+        let conflicts = conflicts_with_pending(&attached, observed, config);
+        attached.leave_disputed(conflicts);
+        // Whoever waits for that has something, too.
+        if attached.pending.len() == pending {
+            leave_where_it_is(&mut attached, observed, config);
+            return attached;
+        }
+    }
+}
+
+fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(MacAddr, Dispute)> {
+    let mut conflicts = Vec::new();
+    let mut dispute = |mac: MacAddr, source: IpNet, by: MacAddr, claim: Claim| {
+        conflicts.push((mac, Dispute { source, by: attached.name_of(by), claim }));
+    };
+    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+        let Some(mac) = link.mac.filter(|mac| attached.pending.contains_key(mac)) else { continue };
+        let mut held = Own::on(link, None, observed, config).sources;
+        held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
+        let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
+        let is_of_tables = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        let captures = |rule: &&Rule| is_of_tables(rule) && rule.to.is_none() && rule.from.is_some();
+        let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
+        for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac) {
+            let table = policy::table(config, eni.slot);
+            let is_before = |rule: &&&Rule| rule.priority < table;
+            for source in eni.all_sources() {
+                let mut captured = captures.iter().filter(is_before).filter_map(|rule| rule.from);
+                if held.iter().any(|held| held.contains(&source) || source.contains(held)) {
+                    dispute(*other, source, mac, Claim::Has);
+                } else if captured.any(|from| from.contains(&source)) {
+                    dispute(*other, source, mac, Claim::Captures);
+                }
+            }
+        }
+    }
+    // Which addresses an ENI's containers have the kernel does not tell, but how they are reached.
+    if let Some((by, _)) = attached.pending.iter().find(|(_, pending)| pending.sources.is_none()) {
+        let of_containers = addresses_of_containers(attached, observed);
+        // Of the primary a container network's addresses are not ours to give.
+        for (mac, eni) in attached.ready.iter().filter(|(mac, _)| **mac != attached.primary) {
+            let sources = eni.all_sources().into_iter().filter(|source| of_containers.contains(source));
+            sources.for_each(|source| dispute(*mac, source, *by, Claim::Routes));
+        }
+    }
+    conflicts
+}
+
+/// To which `main` leads by links that are no ENIs', each alone.
+fn addresses_of_containers(attached: &Attached, observed: &Observed) -> BTreeSet<IpNet> {
+    let is_enis = |mac: MacAddr| attached.ready.contains_key(&mac) || attached.pending.contains_key(&mac);
+    let is_other = |index: u32| observed.links.get(&index).is_some_and(|link| !link.mac.is_some_and(is_enis));
+    let is_host = |route: &Route| {
+        let net = &route.destination;
+        (route.table, &route.kind) == (policy::MAIN_TABLE, &RouteKind::Unicast)
+            && net.prefix_len() == net.family().bits()
+    };
+    let routes = observed.routes.iter().filter(|(index, route)| is_host(route) && index.is_some_and(is_other));
+    routes.map(|(_, route)| route.destination).collect()
+}
+
+/// What is disputed, or given to an ENI that is pending, nobody gets now; whoever has it works on with it meanwhile.
+fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Config) {
+    let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
+    let pending = attached.pending.values().filter(|pending| pending.reason.may_pass());
+    let waited_for = pending.flat_map(|pending| pending.sources.iter().flatten().copied());
+    let waited_for: BTreeSet<IpNet> = disputed.chain(waited_for).collect();
+    if waited_for.is_empty() {
+        return;
+    }
+    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    for link in links.iter().filter(|link| !has_twin(link, &links)) {
+        let Some((mac, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
+        let own = Own::on(link, Some(eni), observed, config);
+        let is_left = |source: &&IpNet| {
+            let is_waited_for = waited_for.iter().any(|other| other.contains(*source) || source.contains(other));
+            let is_given = attached.ready.values().any(|eni| eni.has(source));
+            is_waited_for && !is_given && !has_dispute(attached, mac, source)
+        };
+        let stay: Vec<IpNet> = own.sources.iter().filter(is_left).copied().collect();
+        stay_with(attached, mac, stay, &own, link);
+    }
+}
+
+/// Then it stays anyway.
+fn has_dispute(attached: &Attached, mac: MacAddr, source: &IpNet) -> bool {
+    attached.disputes.get(&mac).into_iter().flatten().any(|dispute| dispute.source == *source)
+}

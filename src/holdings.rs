@@ -1,0 +1,115 @@
+//! What of ours the kernel has for one ENI, whatever metadata says of that ENI now.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::config::Config;
+use crate::eni::{Attached, Eni, Pending, Reason};
+use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::policy;
+
+/// What of ours the kernel has for one ENI.
+pub struct Own {
+    /// Addresses as whole-length prefixes, and delegated prefixes.
+    pub sources: BTreeSet<IpNet>,
+    /// The subnets in its tables.
+    subnets: BTreeSet<IpNet>,
+    has_routes: bool,
+}
+
+impl Own {
+    pub fn on(link: &Link, eni: Option<&Eni>, observed: &Observed, config: &Config) -> Own {
+        let routes: Vec<&Route> = routes_of(link, observed, config).collect();
+        let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
+        tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
+        let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
+        let is_prefix = |rule: &&Rule| {
+            policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table)
+        };
+        let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
+        let in_tables: BTreeSet<IpNet> = routes.iter().filter(is_subnet).map(|route| route.destination).collect();
+        // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
+        let can_be_its = |prefix: &IpNet| {
+            let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();
+            // A family that is lost as a whole has lost its subnet, too; by then the routes tell of it.
+            let known: Vec<&IpNet> =
+                if told.is_empty() { of_family(&in_tables, prefix) } else { told.iter().collect() };
+            known.is_empty() || known.iter().any(|subnet| subnet.contains(prefix))
+        };
+        let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
+        Own {
+            sources: addresses.map(|address| address.net.addr().into()).chain(prefixes).collect(),
+            subnets: in_tables.clone(),
+            has_routes: !routes.is_empty(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.sources.is_empty() && !self.has_routes
+    }
+
+    /// The ENI as one that keeps all it has.
+    pub fn pending(&self, link: &Link) -> Pending {
+        Pending {
+            id: link.altnames.iter().find(|name| name.starts_with("eni-")).cloned(),
+            reason: Reason::Unproven,
+            sources: Some(self.sources.iter().copied().collect()),
+            subnets: self.subnets.iter().copied().collect(),
+        }
+    }
+}
+
+/// Ours by this link in tables of ENIs.
+pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> impl Iterator<Item = &'a Route> {
+    let on_link = observed.routes.iter().filter(move |(index, _)| *index == Some(link.index)).map(|(_, route)| route);
+    on_link.filter(move |route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE)
+}
+
+/// Subnets of a prefix's family; an IPv6 table also has the link-local one, which is every link's.
+fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet> {
+    let is_its = |subnet: &&IpNet| subnet.family() == prefix.family() && **subnet != policy::IPV6_LINK_LOCAL;
+    subnets.iter().filter(is_its).collect()
+}
+
+/// Gives an ENI what its link has of these.
+pub fn stay_with(attached: &mut Attached, mac: MacAddr, stay: Vec<IpNet>, own: &Own, link: &Link) {
+    let Some(eni) = attached.ready.get_mut(&mac) else { return };
+    // Its routes and rules could not be had beside those of other subnets: all stays as it is.
+    let is_of_another_subnet = |source: &IpNet| {
+        let told = eni.subnets(source.family());
+        !told.is_empty() && !told.iter().any(|subnet| subnet.contains(source))
+    };
+    if stay.iter().any(is_of_another_subnet) {
+        attached.ready.remove(&mac);
+        attached.pending.insert(mac, own.pending(link));
+        return;
+    }
+    stay.into_iter().for_each(|source| put_back(eni, source, own));
+}
+
+fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
+    let is_address = source.prefix_len() == source.family().bits();
+    match (source, source.addr()) {
+        (_, IpAddr::V4(address)) if is_address => eni.ipv4s.push(address),
+        (_, IpAddr::V6(address)) if is_address => eni.ipv6s.push(address),
+        (IpNet::V4(prefix), _) => eni.ipv4_prefixes.push(prefix),
+        (IpNet::V6(prefix), _) => eni.ipv6_prefixes.push(prefix),
+    }
+    eni.unproven.insert(source);
+    // A family that is lost as a whole has lost its subnet, too.
+    if eni.subnets(source.family()).is_empty() {
+        for subnet in own.subnets.iter().filter(|subnet| subnet.contains(&source)) {
+            match subnet {
+                IpNet::V4(subnet) => eni.ipv4_subnet = Some(*subnet),
+                IpNet::V6(subnet) => eni.ipv6_subnets.push(*subnet),
+            }
+        }
+    }
+}
+
+/// Whether another link has the same MAC. Which of them is the ENI's cannot be told, so nothing of it is done or undone.
+pub fn has_twin(link: &Link, links: &[&Link]) -> bool {
+    links.iter().any(|other| other.index != link.index && other.mac == link.mac)
+}
