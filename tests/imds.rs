@@ -373,7 +373,7 @@ fn the_other_side_of_a_dispute_is_asked_for_again_too() -> Result<()> {
         let mut imds = lab.connect(30.0).await?;
         let tree = imds.snapshot(Scope::Routing).await?;
         let attached = metadata::attached(&tree)?;
-        ensure!(attached.disputes.keys().eq([&mac(1)]), "{attached:?}");
+        ensure!(attached.disputes.keys().eq([&mac(0), &mac(1)]), "{attached:?}");
         ensure!(attached.unsettled().iter().eq([&mac(0), &mac(1)]), "{attached:?}");
         lab.tree.lock().unwrap().release("*");
         let tree = imds.ask_again(tree, &attached.unsettled(), Scope::Routing).await?;
