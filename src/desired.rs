@@ -345,7 +345,9 @@ fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) 
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
-        let others = everybody.of_others_in(&subnet, mac);
+        let mut others = everybody.of_others_in(&subnet, mac);
+        // What metadata gives to this one is its own, on whatever link it is.
+        others.retain(|source| !own.contains(source));
         // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any, come
         // before a rule for the whole subnet; a rule for the whole subnet that it has comes after exact ones.
         let prefixes = match everybody.may_have_more_in(&subnet, mac, &others) {
@@ -359,8 +361,8 @@ fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) 
 
 /// What all attached ENIs send from, ready or not, as far as known.
 struct Sources {
-    /// In order.
-    known: Vec<(IpNet, MacAddr)>,
+    /// In order, with the ENI that sends from it; none where no ENI is to.
+    known: Vec<(IpNet, Option<MacAddr>)>,
     /// The ENIs of which it is not known, and what is known of their subnets.
     unknown: Vec<(MacAddr, Vec<IpNet>)>,
     /// There may be ENIs of which nothing is known.
@@ -370,11 +372,10 @@ struct Sources {
 impl Sources {
     fn of(attached: &Attached) -> Sources {
         let ready = attached.ready.iter();
-        let ready = ready.flat_map(|(mac, eni)| eni.all_sources().into_iter().map(|source| (source, *mac)));
-        let disputed = attached.disputes.iter();
-        let disputed = disputed.flat_map(|(mac, disputes)| disputes.iter().map(|dispute| (dispute.source, *mac)));
+        let ready = ready.flat_map(|(mac, eni)| eni.all_sources().into_iter().map(|source| (source, Some(*mac))));
+        let disputed = attached.disputes.values().flatten().map(|dispute| (dispute.source, None));
         let mut sources = Sources {
-            known: ready.chain(disputed).collect(),
+            known: ready.chain(disputed).chain(attached.held.iter().copied()).collect(),
             unknown: Vec::new(),
             is_list_whole: attached.malformed.is_empty(),
         };
@@ -384,7 +385,7 @@ impl Sources {
         let ignored = ignored.map(|(mac, ignored)| (*mac, ignored.sources(), ignored.subnets()));
         for (mac, known, subnets) in pending.chain(ignored) {
             match known {
-                Some(known) => sources.known.extend(known.into_iter().map(|source| (source, mac))),
+                Some(known) => sources.known.extend(known.into_iter().map(|source| (source, Some(mac)))),
                 None => sources.unknown.push((mac, subnets)),
             }
         }
@@ -407,7 +408,7 @@ impl Sources {
             let same = self.known[at_or_after(net.addr())..].iter();
             same.take_while(move |(source, _)| source.addr() == net.addr()).filter(move |(source, _)| *source == net)
         });
-        around.chain(inside).filter(|(_, owner)| *owner != mac).map(|(source, _)| *source).collect()
+        around.chain(inside).filter(|(_, owner)| *owner != Some(mac)).map(|(source, _)| *source).collect()
     }
 
     /// Whether another ENI may have addresses in this subnet beside these.
@@ -453,13 +454,13 @@ mod tests {
         ];
         let nets: Vec<IpNet> = nets.iter().map(|net| net.parse().unwrap()).collect();
         let mac = |n: u8| MacAddr::from_bytes(&[2, 0, 0, 0, 0, n]).unwrap();
-        let mut known: Vec<(IpNet, MacAddr)> =
-            nets.iter().enumerate().map(|(n, net)| (*net, mac(n as u8 % 3))).collect();
+        let mut known: Vec<(IpNet, Option<MacAddr>)> =
+            nets.iter().enumerate().map(|(n, net)| (*net, Some(mac(n as u8 % 3)))).collect();
         known.sort();
         let sources = Sources { known: known.clone(), unknown: Vec::new(), is_list_whole: true };
         for subnet in &nets {
             for own in [0, 1, 2].map(mac) {
-                let is_meant = |(net, owner): &&(IpNet, MacAddr)| *owner != own && overlap(net, subnet);
+                let is_meant = |(net, owner): &&(IpNet, Option<MacAddr>)| *owner != Some(own) && overlap(net, subnet);
                 let expected: Vec<IpNet> = known.iter().filter(is_meant).map(|(net, _)| *net).collect();
                 let mut found = sources.of_others_in(subnet, own);
                 found.sort();

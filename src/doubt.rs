@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use crate::config::Config;
 use crate::eni::{Attached, Claim, Dispute};
 use crate::holdings::{Own, has_twin, routes_of, stay_with};
-use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::net::{Address, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
 /// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
@@ -65,6 +65,26 @@ fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Con
     conflicts
 }
 
+/// What links have and will have further, be they of ENIs or not: of ours that is all that metadata tells, which is known, and what
+/// cannot be taken away for want of it.
+pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeSet<(IpNet, Option<MacAddr>)> {
+    let stays = |link: &Link, address: &Address| {
+        let is_ready = |mac| attached.ready.contains_key(&mac);
+        let is_listed = |mac| is_ready(mac) || attached.pending.contains_key(&mac) || attached.ignored.contains_key(&mac);
+        match link.mac {
+            _ if !policy::owns_address(config, address) => true,
+            Some(mac) if is_ready(mac) => attached.disputes.contains_key(&mac),
+            Some(mac) if is_listed(mac) => true,
+            Some(_) | None => !attached.is_complete(),
+        }
+    };
+    let held = observed.addresses.iter().filter_map(|(index, address)| {
+        let link = observed.links.get(index).filter(|link| stays(link, address))?;
+        Some((address.net.addr().into(), link.mac))
+    });
+    held.collect()
+}
+
 /// To which `main` leads by links that are no ENIs', each alone.
 fn addresses_of_containers(attached: &Attached, observed: &Observed) -> BTreeSet<IpNet> {
     let is_enis = |mac: MacAddr| attached.ready.contains_key(&mac) || attached.pending.contains_key(&mac);
@@ -78,13 +98,20 @@ fn addresses_of_containers(attached: &Attached, observed: &Observed) -> BTreeSet
     routes.map(|(_, route)| route.destination).collect()
 }
 
-/// What is disputed, or given to an ENI that is pending, nobody gets now; whoever has it works on with it meanwhile.
+/// What is disputed, or given to an ENI that is pending, or may be, nobody gets now; whoever has it works on with it meanwhile.
 fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Config) {
     let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
     let pending = attached.pending.values().filter(|pending| pending.reason.may_pass());
-    let waited_for = pending.flat_map(|pending| pending.sources.iter().flatten().copied());
+    let waited_for = pending.clone().flat_map(|pending| pending.sources.iter().flatten().copied());
     let waited_for: BTreeSet<IpNet> = disputed.chain(waited_for).collect();
-    if waited_for.is_empty() {
+    // Of these nobody knows what they are given, but in which subnets.
+    let unknown: Vec<Vec<IpNet>> =
+        pending.filter(|pending| !pending.is_known()).map(|pending| pending.subnets.clone()).collect();
+    let may_be_given = |source: &IpNet| {
+        let is_in = |subnets: &Vec<IpNet>| subnets.is_empty() || subnets.iter().any(|subnet| subnet.contains(source));
+        waited_for.iter().any(|other| other.contains(source) || source.contains(other)) || unknown.iter().any(is_in)
+    };
+    if waited_for.is_empty() && unknown.is_empty() {
         return;
     }
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
@@ -92,9 +119,8 @@ fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Conf
         let Some((mac, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get(&mac)?))) else { continue };
         let own = Own::on(link, Some(eni), observed, config);
         let is_left = |source: &&IpNet| {
-            let is_waited_for = waited_for.iter().any(|other| other.contains(*source) || source.contains(other));
             let is_given = attached.ready.values().any(|eni| eni.has(source));
-            is_waited_for && !is_given && !has_dispute(attached, mac, source)
+            may_be_given(source) && !is_given && !has_dispute(attached, mac, source)
         };
         let stay: Vec<IpNet> = own.sources.iter().filter(is_left).copied().collect();
         stay_with(attached, mac, stay, &own, link);

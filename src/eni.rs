@@ -135,6 +135,11 @@ pub struct Pending {
 }
 
 impl Pending {
+    /// Whether all is known that it is given.
+    pub fn is_known(&self) -> bool {
+        self.sources.is_some() && !matches!(self.reason, Reason::Unknown { .. })
+    }
+
     /// An ENI of which all is known, and which waits all the same.
     pub fn of(eni: Eni, reason: Reason) -> Pending {
         let (sources, subnets) = (Some(eni.all_sources()), eni.all_subnets());
@@ -160,6 +165,8 @@ pub enum Claim {
     Has,
     /// Rules of that one, of which metadata does not tell all, go before.
     Captures,
+    /// It was that one's a moment ago, and it is not proven that it is no more.
+    Keeps,
     /// Metadata does not tell all of that one, and a route to a container leads to it: it may be that one's.
     Routes,
 }
@@ -172,6 +179,7 @@ impl fmt::Display for Dispute {
             Claim::Given => write!(f, "{source} overlaps what metadata gives to {by}")?,
             Claim::Has => write!(f, "{source} overlaps what {by} has, of which metadata does not tell all")?,
             Claim::Captures => write!(f, "rules of {by}, of which metadata does not tell all, go before {source}'s")?,
+            Claim::Keeps => write!(f, "{source} was {by}'s a moment ago, and metadata has to say otherwise twice")?,
             Claim::Routes => write!(
                 f,
                 "a route in main leads to {source} as to a container's address, and metadata does not tell whether it is \
@@ -276,6 +284,9 @@ pub struct Attached {
     pub shared: BTreeMap<MacAddr, String>,
     /// What the configuration chooses for ENIs.
     pub choices: BTreeMap<MacAddr, Choices>,
+    /// Addresses that links have and keep, whoever has put them there, each with the link's MAC: what is sent from them is no other
+    /// ENI's, unless metadata says so.
+    pub held: BTreeSet<(IpNet, Option<MacAddr>)>,
     /// Entries of the configuration that mean none of these, and what that may come of.
     pub idle: Vec<String>,
 }

@@ -12,7 +12,7 @@ use crate::policy;
 
 /// What of ours the kernel has for one ENI.
 pub struct Own {
-    /// Addresses as whole-length prefixes, and delegated prefixes.
+    /// Addresses as whole-length prefixes, and delegated prefixes; also addresses of others that rules of ours lead to its tables.
     pub sources: BTreeSet<IpNet>,
     /// The subnets in its tables.
     subnets: BTreeSet<IpNet>,
@@ -24,12 +24,20 @@ impl Own {
         let routes: Vec<&Route> = routes_of(link, observed, config).collect();
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
-        let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
         let is_prefix = |rule: &&Rule| {
             policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table)
         };
+        let is_source = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        let from: Vec<IpNet> = observed.rules.iter().filter(is_source).filter_map(|rule| rule.from).collect();
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
-        let in_tables: BTreeSet<IpNet> = routes.iter().filter(is_subnet).map(|route| route.destination).collect();
+        // An IPv6 table also has the link-local one, which is every link's.
+        let in_tables = routes.iter().filter(is_subnet).map(|route| route.destination);
+        let in_tables: BTreeSet<IpNet> = in_tables.filter(|subnet| *subnet != policy::IPV6_LINK_LOCAL).collect();
+        // A rule for the whole subnet is none for an address that metadata does not tell of.
+        let is_led = |net: IpNet| from.iter().any(|from| from.contains(&net) && !in_tables.contains(from));
+        let addresses = observed.addresses_on(link.index);
+        let addresses = addresses
+            .filter(|address| policy::owns_address(config, address) || is_led(address.net.addr().into()));
         // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
         let can_be_its = |prefix: &IpNet| {
             let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();
@@ -67,10 +75,9 @@ pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> im
     on_link.filter(move |route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE)
 }
 
-/// Subnets of a prefix's family; an IPv6 table also has the link-local one, which is every link's.
+/// Subnets of a prefix's family.
 fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet> {
-    let is_its = |subnet: &&IpNet| subnet.family() == prefix.family() && **subnet != policy::IPV6_LINK_LOCAL;
-    subnets.iter().filter(is_its).collect()
+    subnets.iter().filter(|subnet| subnet.family() == prefix.family()).collect()
 }
 
 /// Gives an ENI what its link has of these.

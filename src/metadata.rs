@@ -150,6 +150,14 @@ impl Tree {
         self
     }
 
+    /// A key below a directory that could not be read, and why not.
+    pub fn unknown_below(&self, directory: &str) -> Option<(&str, &str)> {
+        self.answers.iter().find_map(|(path, answer)| match answer {
+            Answer::Unknown(why) => Some((path.strip_prefix(directory)?, why.as_str())),
+            Answer::Present(_) | Answer::Absent => None,
+        })
+    }
+
     /// Whether something below a directory could not be read that an earlier tree knows.
     pub fn lacks_what_is_known_below(&self, directory: &str, earlier: &Tree) -> bool {
         let is_unknown = |answer: Option<&Answer>| matches!(answer, Some(Answer::Unknown(_)));
@@ -422,6 +430,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         ignored: BTreeMap::new(),
         undecided: BTreeSet::new(),
         shared: BTreeMap::new(),
+        held: BTreeSet::new(),
         idle: Vec::new(),
         choices: BTreeMap::new(),
     };

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, show_source};
+use crate::eni::{Attached, Claim, Dispute, show_source};
 use crate::holdings::{Own, has_twin, stay_with};
 use crate::net::{HasFamily, Link, MacAddr, Observed};
 use crate::policy;
@@ -153,13 +153,17 @@ impl Judgement {
         Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() }
     }
 
-    /// These stay with this ENI, so no other has them, nor a part of them.
+    /// These stay with this ENI, so no other has them yet, nor a part of them.
     fn forget(&mut self, stay: &[IpNet], keeper: MacAddr) {
-        for (_, eni) in self.attached.ready.iter_mut().filter(|(mac, _)| **mac != keeper) {
-            let mut sources = eni.all_sources();
-            sources.retain(|source| stay.iter().any(|stays| stays.contains(source)));
-            eni.leave_out(&sources);
-        }
+        let by = self.attached.name_of(keeper);
+        let others = self.attached.ready.iter().filter(|(mac, _)| **mac != keeper);
+        let disputes = others.flat_map(|(mac, eni)| {
+            let sources = eni.all_sources().into_iter();
+            let sources = sources.filter(|source| stay.iter().any(|stays| stays.contains(source)));
+            sources.map(|source| (*mac, Dispute { source, by: by.clone(), claim: Claim::Keeps }))
+        });
+        let disputes = disputes.collect();
+        self.attached.leave_disputed(disputes);
     }
 
     /// Whether this may go; if not, it is postponed, and noted when the snapshot can be one of the two.

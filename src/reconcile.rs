@@ -183,7 +183,10 @@ async fn look_again(
 #[derive(Clone)]
 pub struct Reading {
     tree: Tree,
+    /// What the tree says.
     all: Attached,
+    /// The ENIs that could not be read, and why not; of these the tree has what an earlier reading knew.
+    unread: BTreeMap<MacAddr, Reason>,
     taken: Taken,
 }
 
@@ -193,7 +196,20 @@ impl Reading {
     pub async fn take(imds: &mut Imds, config: &Config) -> Result<Reading> {
         let begun = since_boot()?;
         let tree = imds.snapshot(Scope::of(config)).await?;
-        Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun, ended: since_boot()? } })
+        let all = metadata::attached(&tree)?;
+        Ok(Reading { all, tree, unread: BTreeMap::new(), taken: Taken { begun, ended: since_boot()? } })
+    }
+
+    /// What metadata told. An ENI that could not be read is pending, with what was known of it.
+    fn told(&self) -> Attached {
+        let mut told = self.all.clone();
+        for (mac, reason) in &self.unread {
+            match told.pending.get_mut(mac) {
+                Some(pending) => pending.reason = reason.clone(),
+                None => told.set_aside(*mac, reason.clone()),
+            }
+        }
+        told
     }
 
     /// Whether metadata says the same still, as far as it changes while ENIs stay attached: few requests. What is not settled
@@ -203,7 +219,7 @@ impl Reading {
     /// As for [`Reading::take`].
     pub async fn is_still_so(&self, imds: &mut Imds, config: &Config) -> Result<bool> {
         let enis = self.all.ready.keys().copied().collect();
-        Ok(self.all.unsettled().is_empty()
+        Ok(self.told().unsettled().is_empty()
             && imds.glance(self.tree.clone(), &enis, Scope::of(config)).await? == self.tree)
     }
 
@@ -225,17 +241,28 @@ impl Reading {
     /// The same, with all that an earlier reading has of the ENIs of which something could not be read that it knows: a read that
     /// fails takes back nothing, and one ENI made of two readings may never have been.
     fn with_enis_known_by(self, earlier: &Reading) -> Result<Reading, Unusable> {
-        let Reading { mut tree, all, taken } = self.clone();
-        let macs = all.ready.keys().chain(all.pending.keys());
-        let unread: Vec<MacAddr> = macs.copied().filter(|mac| self.lacks_eni_known_by(earlier, *mac)).collect();
+        let macs = self.all.ready.keys().chain(self.all.pending.keys()).copied();
+        let unread = macs.filter(|mac| self.lacks_eni_known_by(earlier, *mac));
+        let unread: BTreeMap<MacAddr, Reason> = unread.map(|mac| (mac, self.why_unread(mac))).collect();
         if unread.is_empty() {
             return Ok(self);
         }
-        for mac in unread {
-            tree = tree.with_directory_of(&earlier.tree, &metadata::eni_directory(mac));
-        }
+        let put_back =
+            |tree: Tree, mac: &MacAddr| tree.with_directory_of(&earlier.tree, &metadata::eni_directory(*mac));
+        let tree = unread.keys().fold(self.tree, put_back);
         // What proves something has to be as young as it says.
-        Ok(Reading { all: metadata::attached(&tree)?, tree, taken: Taken { begun: earlier.taken.begun, ..taken } })
+        let taken = Taken { begun: earlier.taken.begun, ..self.taken };
+        Ok(Reading { all: metadata::attached(&tree)?, tree, unread, taken })
+    }
+
+    fn why_unread(&self, mac: MacAddr) -> Reason {
+        match self.all.pending.get(&mac).map(|pending| &pending.reason) {
+            Some(reason @ Reason::Unknown { .. }) => reason.clone(),
+            Some(_) | None => {
+                let (key, why) = self.tree.unknown_below(&metadata::eni_directory(mac)).unwrap_or_default();
+                Reason::Unknown { key: key.into(), why: why.into() }
+            }
+        }
     }
 
     /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled, or time may
@@ -245,8 +272,10 @@ impl Reading {
         let unsettled = attached.unsettled();
         let tree = imds.ask_again(self.tree.clone(), &unsettled, Scope::of(config)).await?;
         let all = metadata::attached(&tree)?;
-        let again = match !is_proof_due && all.unsettled().is_superset(&self.all.unsettled()) {
-            true => Reading { tree, all, taken: Taken { ended: since_boot()?, ..self.taken } },
+        let again = match !is_proof_due && all.unsettled().is_superset(&self.told().unsettled()) {
+            true => {
+                Reading { tree, all, unread: BTreeMap::new(), taken: Taken { ended: since_boot()?, ..self.taken } }
+            }
             false => Reading::take(imds, config).await?,
         };
         let again = again.with_enis_known_by(&self)?;
@@ -273,7 +302,8 @@ async fn settle(
     options: &Options,
     trial: Option<&mut Trial>,
 ) -> Result<(Report, Attached)> {
-    let Reading { tree, all, taken } = reading;
+    let Reading { tree, taken, .. } = reading;
+    let all = &reading.told();
     ensure_known_primary(all.primary, ledger, netlink).await?;
     *ledger = std::mem::take(ledger).of(all.primary);
     let observed = observe_as_noted(netlink, ledger, options).await?;
@@ -305,7 +335,7 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
     let files = machine_files::read_of_container_networks();
-    let attached = select(&reading.all, &reading.tree, &observed, &files, &options.config);
+    let attached = select(&reading.told(), &reading.tree, &observed, &files, &options.config);
     let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::leave_to_pending;
+use crate::doubt::{held, leave_to_pending};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
@@ -66,6 +66,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
         known.push(facts);
     }
     selected.idle = idle(&known, config);
+    selected.held = held(&selected, observed, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
     selected

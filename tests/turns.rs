@@ -272,7 +272,7 @@ fn an_eni_that_cannot_be_read_any_more_keeps_no_other_from_being_done() {
             let rules = vec![Rule::new("*/02:00:00:00:00:02/local-ipv4s", Occurrences::Always, Action::Status(503))];
             machine.service.set_faults(Faults { rules, ..Faults::default() });
             machine.publish(half);
-            waits.ends(3, "eni-02 is pending: metadata does not have its `device-number` yet")?;
+            waits.ends(3, "eni-02 is pending: its `local-ipv4s` could not be read")?;
             ensure!(machine.service.requests().faults > 0, "it was not asked for again");
             ensure!(ip("addr show eth03")?.contains("10.0.1.40/"), "the other one is not done");
             Ok(())
