@@ -70,7 +70,8 @@ fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Con
 pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeSet<(IpNet, Option<MacAddr>)> {
     let stays = |link: &Link, address: &Address| {
         let is_ready = |mac| attached.ready.contains_key(&mac);
-        let is_listed = |mac| is_ready(mac) || attached.pending.contains_key(&mac) || attached.ignored.contains_key(&mac);
+        let is_listed =
+            |mac| is_ready(mac) || attached.pending.contains_key(&mac) || attached.ignored.contains_key(&mac);
         match link.mac {
             _ if !policy::owns_address(config, address) => true,
             Some(mac) if is_ready(mac) => attached.disputes.contains_key(&mac),

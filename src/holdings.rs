@@ -36,8 +36,8 @@ impl Own {
         // A rule for the whole subnet is none for an address that metadata does not tell of.
         let is_led = |net: IpNet| from.iter().any(|from| from.contains(&net) && !in_tables.contains(from));
         let addresses = observed.addresses_on(link.index);
-        let addresses = addresses
-            .filter(|address| policy::owns_address(config, address) || is_led(address.net.addr().into()));
+        let addresses =
+            addresses.filter(|address| policy::owns_address(config, address) || is_led(address.net.addr().into()));
         // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
         let can_be_its = |prefix: &IpNet| {
             let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();

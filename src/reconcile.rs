@@ -273,9 +273,7 @@ impl Reading {
         let tree = imds.ask_again(self.tree.clone(), &unsettled, Scope::of(config)).await?;
         let all = metadata::attached(&tree)?;
         let again = match !is_proof_due && all.unsettled().is_superset(&self.told().unsettled()) {
-            true => {
-                Reading { tree, all, unread: BTreeMap::new(), taken: Taken { ended: since_boot()?, ..self.taken } }
-            }
+            true => Reading { tree, all, unread: BTreeMap::new(), taken: Taken { ended: since_boot()?, ..self.taken } },
             false => Reading::take(imds, config).await?,
         };
         let again = again.with_enis_known_by(&self)?;

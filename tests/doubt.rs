@@ -354,6 +354,91 @@ fn a_run_that_has_the_time_proves_by_itself_that_an_eni_is_gone() {
     });
 }
 
+/// Nobody else is given it, but aggregated rules of a neighbour might take it in.
+#[test]
+fn what_a_link_has_is_covered_by_no_other_enis_rule() {
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    inside(|| {
+        for verb in VERBS {
+            for key in ["device-number", "interface-id", "subnet-ipv4-cidr-block"] {
+                with_scenario(SHARED, |machine| {
+                    let before = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.78");
+                    machine.publish(and(before.clone(), 3, "local-ipv4s", "10.0.1.77"));
+                    machine.reconcile(0)?;
+                    // From before it had that address, and not whole.
+                    let mut stale = before;
+                    stale.remove(&path(3, key));
+                    machine.publish(stale);
+                    let run = machine.eniup(verb)?;
+                    ensure!(run.exit == 3 && holders("10.0.1.77")? == [3], "{}: {}", run.exit, run.stderr);
+                    ensure!(leaves_by("10.0.1.77")? == 3 && leaves_by("10.0.1.78")? == 2, "{}", run.stderr);
+                    Ok(())
+                })
+                .with_context(|| format!("{verb}, {key}"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+/// networkd, keepalived or an administrator has put it there; metadata lacks it once.
+#[test]
+fn an_address_that_somebody_else_has_configured_keeps_its_way_without_proof() {
+    inside(|| {
+        for (holder, ignored) in [(1, false), (3, false), (3, true)] {
+            with_scenario(SHARED, |machine| {
+                let address = if holder == 1 { "10.0.0.77" } else { "10.0.1.77" };
+                let before = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.78");
+                let config = machine.directory.join("test.toml");
+                std::fs::create_dir_all(&machine.directory)?;
+                std::fs::write(&config, if ignored { "[[ignore]]\nid = 'eni-03'\n" } else { "" })?;
+                let verb = |verb: &str| format!("--config {} {verb}", config.display());
+                ip("link set eth03 up")?;
+                ip(&format!("addr add {address}/32 dev eth0{holder}"))?;
+                machine.publish(and(before.clone(), holder, "local-ipv4s", address));
+                machine.eniup(&verb("reconcile"))?;
+                // Whoever has an ENI of its own has its own rules; here it is enough that eniup has none for it.
+                let way = if ignored { 1 } else { holder };
+                ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, ip("rule show")?);
+                machine.publish(before);
+                let run = machine.eniup(&verb("reconcile --automatic --timeout 700ms"))?;
+                ensure!(run.exit == 0 && holders(address)? == [holder], "{}: {}", run.exit, run.stderr);
+                ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, run.stderr);
+                let neighbour = ip(&format!("route get 10.0.1.9 from {address}"))?;
+                ensure!(ignored || neighbour.contains(&format!("dev eth0{holder} ")), "{neighbour}{}", run.stderr);
+                Ok(())
+            })
+            .with_context(|| format!("ENI {holder}, ignored: {ignored}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// It may have gone to the one of which metadata does not tell all.
+#[test]
+fn nothing_is_taken_away_while_an_eni_may_be_given_it() {
+    inside(|| {
+        for key in ["ipv6s", "local-ipv4s"] {
+            with_scenario(SHARED, |machine| {
+                machine.publish(and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77"));
+                machine.reconcile(0)?;
+                let moved = and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.77");
+                machine.publish(moved);
+                fail(machine, &path(3, key));
+                let run = machine.eniup("reconcile --timeout 700ms")?;
+                ensure!(run.exit == 3 && holders("10.0.1.77")? == [2], "{}: {}", run.exit, run.stderr);
+                ensure!(leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
+                be_well(machine);
+                machine.reconcile(0)?;
+                ensure!(holders("10.0.1.77")? == [3] && leaves_by("10.0.1.77")? == 3);
+                machine.assert_settled()
+            })
+            .with_context(|| key)?;
+        }
+        Ok(())
+    });
+}
+
 /// ENI 2's rule for `10.0.1.64/26` comes before the rules of ENI 3.
 #[test]
 fn an_address_that_a_rule_of_a_pending_eni_captures_waits_for_that_eni() {

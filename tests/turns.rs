@@ -280,6 +280,43 @@ fn an_eni_that_cannot_be_read_any_more_keeps_no_other_from_being_done() {
     });
 }
 
+/// When all is read anew, the one to which an address has gone is not read: it has it from nobody yet, and nobody loses it.
+#[test]
+fn what_goes_to_an_eni_that_cannot_be_read_any_more_stays_where_it_was() {
+    inside(|| {
+        for verb in ["reconcile --timeout 3s", "reconcile --automatic --timeout 3s"] {
+            with_scenario(THREE, |machine| {
+                let key = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+                let on = |n: u8| -> Result<Leaves> {
+                    let mut leaves = told(THREE)?;
+                    *leaves.get_mut(&key(n, "local-ipv4s")).context("no list")? += "\n10.0.1.77";
+                    Ok(leaves)
+                };
+                machine.publish(on(2)?);
+                machine.reconcile(0)?;
+                let mut half = on(2)?;
+                half.insert(key(4, "mac"), "02:00:00:00:00:04".into());
+                machine.publish(half);
+                let waits = waiting_for(machine, verb)?;
+                let rules =
+                    vec![Rule::new("*/02:00:00:00:00:03/device-number", Occurrences::Always, Action::Status(503))];
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+                // Without the fourth, all is settled and read anew.
+                machine.publish(on(3)?);
+                waits.ends(3, "eni-03 is pending: its `device-number` could not be read")?;
+                ensure!(machine.service.requests().faults > 0, "it was not asked for again");
+                ensure!(ip("addr show eth02")?.contains("10.0.1.77/"), "nobody has it");
+                machine.service.set_faults(Faults::default());
+                machine.reconcile(0)?;
+                ensure!(ip("addr show eth03")?.contains("10.0.1.77/"), "it is not moved");
+                machine.assert_settled()
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
 /// `wait` looks again and again, too.
 #[test]
 fn what_fails_while_wait_waits_makes_nothing_less_known() {
