@@ -203,6 +203,8 @@ pub enum Reason {
     SlotTaken { slot: Slot, by: String },
     /// Its first address is in dispute.
     Disputed(Dispute),
+    /// It has no link, and clashes with another ENI in this: it may be listed still though it is detached.
+    Gone { clash: String },
     /// It is not listed any more, and its link is still here.
     Unproven,
     /// A key could not be read; says nothing of its value.
@@ -224,6 +226,7 @@ impl Reason {
             | Reason::IdTaken { .. }
             | Reason::SlotTaken { .. }
             | Reason::Disputed(_)
+            | Reason::Gone { .. }
             | Reason::Unproven
             | Reason::Undecided { .. }
             | Reason::Unknown { .. } => true,
@@ -245,6 +248,9 @@ impl fmt::Display for Reason {
                 "it has network card and device number {slot}, and so has {by}: both would need the same routing table"
             ),
             Reason::Disputed(dispute) => write!(f, "its first address: {dispute}"),
+            Reason::Gone { clash } => {
+                write!(f, "no link here has its MAC, so others go before it, as it may be detached by now: {clash}")
+            }
             Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
             Reason::Undecided { by } => {
                 write!(f, "metadata does not tell yet what decides whether {by} means it")
@@ -362,6 +368,15 @@ impl Attached {
         let is_bare = |eni: &Eni| !Family::BOTH.into_iter().any(|family| eni.has_family(family));
         let bare = self.ready.iter().filter(|(_, eni)| is_bare(eni)).map(|(mac, _)| mac);
         self.pending.keys().chain(self.disputes.keys()).chain(bare).chain(ignored).copied().chain(primary).collect()
+    }
+
+    /// Whether metadata tells something of one ENI that cannot be with what it tells of another.
+    pub fn has_clashes(&self) -> bool {
+        let is_clash = |reason: &Reason| match reason {
+            Reason::IdTaken { .. } | Reason::SlotTaken { .. } | Reason::Disputed(_) => true,
+            _ => false,
+        };
+        !self.disputes.is_empty() || self.pending.values().any(|pending| is_clash(&pending.reason))
     }
 
     /// What people call an ENI: its id, or its MAC address where that is not known.

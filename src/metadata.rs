@@ -12,7 +12,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::eni::{Attached, Claim, Dispute, Eni, Pending, Reason, Slot};
-use crate::net::{Family, MacAddr};
+use crate::net::{Family, Link, MacAddr};
 
 /// The key that names the primary ENI's MAC; there from launch.
 pub const PRIMARY_MAC: &str = "mac";
@@ -394,6 +394,31 @@ pub fn primary(tree: &Tree) -> Result<MacAddr, Unusable> {
 /// # Errors
 /// The snapshot does not say which ENIs are attached or which is the primary: then nothing can be concluded from it.
 pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
+    let mut attached = each_by_itself(tree)?;
+    attached.set_clashes_aside();
+    Ok(attached)
+}
+
+/// The same on a machine with these links. Metadata lists a detached ENI for minutes, after a forced detach until the machine is
+/// stopped: one without a link takes nothing from one that has one.
+///
+/// # Errors
+/// As for [`attached`].
+pub fn attached_here(tree: &Tree, links: &BTreeMap<u32, Link>) -> Result<Attached, Unusable> {
+    let mut attached = attached(tree)?;
+    if attached.has_clashes() {
+        attached = each_by_itself(tree)?;
+        let is_gone = |mac: &MacAddr| *mac != attached.primary && links.values().all(|link| link.mac != Some(*mac));
+        for (mac, clash) in attached.clashes().into_iter().filter(|(mac, _)| is_gone(mac)).collect::<Vec<_>>() {
+            attached.set_aside(mac, Reason::Gone { clash });
+        }
+        attached.set_clashes_aside();
+    }
+    Ok(attached)
+}
+
+/// Each ENI as if there were no other.
+fn each_by_itself(tree: &Tree) -> Result<Attached, Unusable> {
     let unusable = |what: String| Err(Unusable { what });
     let primary = primary(tree)?;
     let (macs, malformed) = match tree.get(INTERFACES) {
@@ -421,7 +446,7 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         let where_it_is = format!("{id} is card and device number {slot}, and the primary ENI is {}", Slot::PRIMARY);
         return unusable(format!("its key `{PRIMARY_MAC}` names {primary}, but {where_it_is}"));
     }
-    let mut attached = Attached {
+    Ok(Attached {
         primary,
         ready,
         pending,
@@ -433,13 +458,25 @@ pub fn attached(tree: &Tree) -> Result<Attached, Unusable> {
         held: BTreeSet::new(),
         idle: Vec::new(),
         choices: BTreeMap::new(),
-    };
-    let ready = &attached.ready;
-    for (mac, reason) in id_conflicts(primary, ready).into_iter().chain(slot_conflicts(primary, ready)) {
-        attached.set_aside(mac, reason);
+    })
+}
+
+impl Attached {
+    fn set_clashes_aside(&mut self) {
+        let ready = &self.ready;
+        for (mac, reason) in id_conflicts(self.primary, ready).into_iter().chain(slot_conflicts(self.primary, ready)) {
+            self.set_aside(mac, reason);
+        }
+        self.leave_disputed(source_conflicts(self));
     }
-    attached.leave_disputed(source_conflicts(&attached));
-    Ok(attached)
+
+    /// Every ENI that clashes with another one, and in what.
+    fn clashes(&self) -> Vec<(MacAddr, String)> {
+        let reasons =
+            id_conflicts(self.primary, &self.ready).into_iter().chain(slot_conflicts(self.primary, &self.ready));
+        let reasons = reasons.map(|(mac, reason)| (mac, reason.to_string()));
+        reasons.chain(source_conflicts(self).into_iter().map(|(mac, dispute)| (mac, dispute.to_string()))).collect()
+    }
 }
 
 /// ENIs by one id. Everything is told by id, from failures to the names of links, so it has to be clear whose it is.
@@ -470,7 +507,9 @@ fn slot_conflicts(primary: MacAddr, ready: &BTreeMap<MacAddr, Eni>) -> Vec<(MacA
 /// it on both for a while.
 fn source_conflicts(attached: &Attached) -> Vec<(MacAddr, Dispute)> {
     let of_ready = attached.ready.iter().map(|(mac, eni)| (*mac, eni.all_sources()));
-    let of_pending = attached.pending.iter().filter_map(|(mac, pending)| Some((*mac, pending.sources.clone()?)));
+    let is_gone = |pending: &Pending| matches!(pending.reason, Reason::Gone { .. });
+    let of_pending = attached.pending.iter().filter(|(_, pending)| !is_gone(pending));
+    let of_pending = of_pending.filter_map(|(mac, pending)| Some((*mac, pending.sources.clone()?)));
     let mut owners: BTreeMap<IpNet, Vec<MacAddr>> = BTreeMap::new();
     for (mac, sources) in of_ready.chain(of_pending) {
         for source in sources {

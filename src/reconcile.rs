@@ -200,9 +200,23 @@ impl Reading {
         Ok(Reading { all, tree, unread: BTreeMap::new(), taken: Taken { begun, ended: since_boot()? } })
     }
 
-    /// What metadata told. An ENI that could not be read is pending, with what was known of it.
+    /// What metadata told.
     fn told(&self) -> Attached {
-        let mut told = self.all.clone();
+        self.with_unread(self.all.clone())
+    }
+
+    /// The same on a machine with these links.
+    fn told_here(&self, links: &BTreeMap<u32, Link>) -> Attached {
+        if !self.all.has_clashes() {
+            return self.told();
+        }
+        // What can be concluded from it without the links can be with them.
+        let here = metadata::attached_here(&self.tree, links);
+        here.map_or_else(|_| self.told(), |all| self.with_unread(all))
+    }
+
+    /// An ENI that could not be read is pending, with what was known of it.
+    fn with_unread(&self, mut told: Attached) -> Attached {
         for (mac, reason) in &self.unread {
             match told.pending.get_mut(mac) {
                 Some(pending) => pending.reason = reason.clone(),
@@ -301,10 +315,11 @@ async fn settle(
     trial: Option<&mut Trial>,
 ) -> Result<(Report, Attached)> {
     let Reading { tree, taken, .. } = reading;
-    let all = &reading.told();
-    ensure_known_primary(all.primary, ledger, netlink).await?;
-    *ledger = std::mem::take(ledger).of(all.primary);
+    let primary = reading.all.primary;
+    ensure_known_primary(primary, ledger, netlink).await?;
+    *ledger = std::mem::take(ledger).of(primary);
     let observed = observe_as_noted(netlink, ledger, options).await?;
+    let all = &reading.told_here(&observed.links);
     let believed = believed(all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
     let (mut attached, mut taken_as_true) = (all.clone(), believed.clone());
@@ -333,7 +348,7 @@ pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Opti
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
     let files = machine_files::read_of_container_networks();
-    let attached = select(&reading.told(), &reading.tree, &observed, &files, &options.config);
+    let attached = select(&reading.told_here(&observed.links), &reading.tree, &observed, &files, &options.config);
     let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
     Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
 }
@@ -690,7 +705,7 @@ pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config)
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::of(config)).await?;
     let files = machine_files::read_of_container_networks();
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &files, config);
+    let attached = select(&metadata::attached_here(&tree, &observed.links)?, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

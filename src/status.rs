@@ -108,7 +108,7 @@ pub struct Sides<'a> {
 /// It has no metadata, or none that can be used.
 pub fn of_snapshot(snapshot: &Snapshot, config: &Config) -> Result<Status> {
     let (observed, tree) = (snapshot.observed(config.mark), snapshot.tree()?);
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &snapshot.files, config);
+    let attached = select(&metadata::attached_here(&tree, &observed.links)?, &tree, &observed, &snapshot.files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     let troubles = snapshot.ledger.clone().of(attached.primary).troubles;
     Ok(status(&Sides {

@@ -118,7 +118,8 @@ async fn judge(
     netlink: &mut Netlink,
     config: &Config,
 ) -> Result<Readiness> {
-    let known = metadata.tree.as_ref().map(|tree| Ok::<_, metadata::Unusable>((tree, metadata::attached(tree)?)));
+    let here = |tree| metadata::attached_here(tree, &observed.links);
+    let known = metadata.tree.as_ref().map(|tree| Ok::<_, metadata::Unusable>((tree, here(tree)?)));
     let files = machine_files::read_of_container_networks();
     let known = known.transpose()?.map(|(tree, all)| (tree, select(&all, tree, observed, &files, config)));
     match (target, known) {

@@ -414,6 +414,44 @@ fn an_address_that_somebody_else_has_configured_keeps_its_way_without_proof() {
     });
 }
 
+/// FACTS of EC2: minutes after a detachment, after a forced one until the instance is stopped.
+#[test]
+fn an_eni_that_is_listed_still_takes_nothing_from_its_successor() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+            with_scenario(SHARED, |machine| {
+                // ENI 4, without a link: by the device number of ENI 3 and with an address that has gone to ENI 2.
+                let mut leaves = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77");
+                let of_third: Vec<_> =
+                    leaves.range(path(3, "")..).map(|(key, body)| (key.clone(), body.clone())).collect();
+                for (key, body) in
+                    of_third.iter().filter_map(|(key, body)| Some((key.strip_prefix(&path(3, ""))?, body)))
+                {
+                    leaves.insert(path(4, key), body.clone());
+                }
+                for (key, body) in
+                    [("mac", "02:00:00:00:00:04"), ("interface-id", "eni-04"), ("local-ipv4s", "10.0.1.50\n10.0.1.77")]
+                {
+                    leaves.insert(path(4, key), body.into());
+                }
+                machine.publish(leaves);
+                let run = machine.eniup(verb)?;
+                let said = "eni-04 is pending: no link here has its MAC, so others go before it";
+                ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+                ensure!(!run.stderr.contains("eni-02 is") && !run.stderr.contains("eni-03 is"), "{}", run.stderr);
+                ensure!(holders("10.0.1.77")? == [2] && leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
+                ensure!(holders("10.0.1.22")? == [3] && leaves_by("10.0.1.22")? == 3, "{}", run.stderr);
+                let status = machine.eniup("status --timeout 700ms")?;
+                ensure!(status.stdout.contains("others go before it"), "{}", status.stdout);
+                ensure!(machine.eniup("plan --timeout 700ms")?.stdout.is_empty(), "something is left to do");
+                Ok(())
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
 /// It may have gone to the one of which metadata does not tell all.
 #[test]
 fn nothing_is_taken_away_while_an_eni_may_be_given_it() {

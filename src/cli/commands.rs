@@ -277,7 +277,7 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
 
 fn plan_saved(saved: &Snapshot, config: &Config) -> Result<(Attached, Plan)> {
     let (observed, tree) = (saved.observed(config.mark), saved.tree()?);
-    let attached = select(&metadata::attached(&tree)?, &tree, &observed, &saved.files, config);
+    let attached = select(&metadata::attached_here(&tree, &observed.links)?, &tree, &observed, &saved.files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
 }

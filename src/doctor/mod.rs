@@ -147,7 +147,7 @@ struct Metadata {
 pub fn examine(snapshot: &Snapshot, config: &Config, told: &Told) -> Diagnosis {
     let observed = snapshot.observed(config.mark);
     let metadata = snapshot.tree().map_err(|error| error.to_string()).and_then(|tree| {
-        let attached = metadata::attached(&tree).map_err(|error| error.what().to_string())?;
+        let attached = metadata::attached_here(&tree, &observed.links).map_err(|error| error.what().to_string())?;
         let attached = select(&attached, &tree, &observed, &snapshot.files, config);
         let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
         Ok(Metadata { attached, plan })
