@@ -329,6 +329,7 @@ struct SourceOfRule {
 fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) -> Vec<SourceOfRule> {
     let Machine { attached, config, sources: everybody } = machine;
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
+    let told: BTreeSet<IpNet> = own.iter().copied().collect();
     let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
     let subnets = eni.subnets(family);
@@ -336,18 +337,22 @@ fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) 
         // Should CIDRs overlap, each source is the first one's.
         let is_new = |source: &&IpNet| !subnets[..n].iter().any(|earlier| earlier.contains(*source));
         let inside = own.iter().filter(|source| subnet.contains(*source)).filter(is_new);
-        let inside: Vec<IpNet> = inside.copied().collect();
+        let mut inside: Vec<IpNet> = inside.copied().collect();
         if inside.is_empty() {
             continue;
         }
+        let mut others = everybody.of_others_in(&subnet, mac);
+        // What metadata gives to this one is its own, on whatever link it is.
+        others.retain(|source| !told.contains(source));
+        // And so is what somebody else has put on its link, unless it is another's.
+        let held = attached.held.iter().filter(|(_, holder)| *holder == Some(mac)).map(|(source, _)| source);
+        let held = held.filter(|source| subnet.contains(*source) && !told.contains(source)).filter(is_new);
+        inside.extend(held.filter(|source| !others.iter().any(|other| overlap(other, source))));
         // The rest of an isolated ENI's subnet may be somebody else's, who has the same one.
         if rules == Rules::PerAddress || is_isolated(attached, mac) {
             sources.extend(inside.into_iter().map(|prefix| SourceOfRule { prefix, is_subnet: false }));
             continue;
         }
-        let mut others = everybody.of_others_in(&subnet, mac);
-        // What metadata gives to this one is its own, on whatever link it is.
-        others.retain(|source| !own.contains(source));
         // A pending ENI may have any address: cover nothing that could be its own. Its exact rules, if it has any, come
         // before a rule for the whole subnet; a rule for the whole subnet that it has comes after exact ones.
         let prefixes = match everybody.may_have_more_in(&subnet, mac, &others) {

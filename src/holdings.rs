@@ -12,7 +12,7 @@ use crate::policy;
 
 /// What of ours the kernel has for one ENI.
 pub struct Own {
-    /// Addresses as whole-length prefixes, and delegated prefixes; also addresses of others that rules of ours lead to its tables.
+    /// Addresses as whole-length prefixes, and delegated prefixes.
     pub sources: BTreeSet<IpNet>,
     /// The subnets in its tables.
     subnets: BTreeSet<IpNet>,
@@ -27,17 +27,11 @@ impl Own {
         let is_prefix = |rule: &&Rule| {
             policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table)
         };
-        let is_source = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
-        let from: Vec<IpNet> = observed.rules.iter().filter(is_source).filter_map(|rule| rule.from).collect();
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         // An IPv6 table also has the link-local one, which is every link's.
         let in_tables = routes.iter().filter(is_subnet).map(|route| route.destination);
         let in_tables: BTreeSet<IpNet> = in_tables.filter(|subnet| *subnet != policy::IPV6_LINK_LOCAL).collect();
-        // A rule for the whole subnet is none for an address that metadata does not tell of.
-        let is_led = |net: IpNet| from.iter().any(|from| from.contains(&net) && !in_tables.contains(from));
-        let addresses = observed.addresses_on(link.index);
-        let addresses =
-            addresses.filter(|address| policy::owns_address(config, address) || is_led(address.net.addr().into()));
+        let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
         // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
         let can_be_its = |prefix: &IpNet| {
             let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();

@@ -152,6 +152,9 @@ pub struct Link {
     pub group: u32,
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub altnames: BTreeSet<String>,
+    /// An IPv4 address that goes takes along those that came after it with the same network: `promote_secondaries` is 0.
+    #[serde(default)]
+    pub drops_secondaries: bool,
     /// Absent when the kernel runs no IPv6 on this link.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<LinkIpv6>,

@@ -88,6 +88,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     let mut removals = unwanted.steps(&keep);
     removals.retain(|step| !left_alone.has(&step.operation));
     spare_shared_rules(&mut removals, &keep.rules, observed, config);
+    plan.notes.extend(spare_carriers(&mut removals, observed, config));
     plan.steps.extend(removals);
     // Stable: where nothing else orders them, each ENI's own order stays.
     plan.steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
@@ -115,6 +116,7 @@ pub fn fresh_machine(attached: &Attached) -> Observed {
             mtu: if is_primary { JUMBO_MTU } else { DRIVER_MTU },
             group: 0,
             altnames: BTreeSet::new(),
+            drops_secondaries: false,
             ipv6: Some(LinkIpv6 { accept_ra: 1, is_disabled: false }),
         };
         observed.links.insert(index, link);
@@ -391,6 +393,26 @@ pub fn spare_shared_rules(removals: &mut Vec<Step>, wanted: &BTreeSet<Rule>, obs
         let is_shared = |rule: &Rule| !policy::leads_to_eni(config, rule);
         removals.retain(|step| !deleted_rule(&step.operation).is_some_and(is_shared));
     }
+}
+
+/// Our addresses with which the kernel would take somebody else's stay. What is said of each.
+pub fn spare_carriers(removals: &mut Vec<Step>, observed: &Observed, config: &Config) -> Vec<String> {
+    let mut notes = Vec::new();
+    removals.retain(|step| {
+        let Operation::DeleteAddress { link, address } = &step.operation else { return true };
+        let drops = observed.links.get(&link.index).is_some_and(|link| link.drops_secondaries);
+        let is_taken_along = |other: &&Address| {
+            other.net.addr().is_ipv4() && other.net.trunc() == address.net.trunc() && other.net != address.net
+        };
+        let mut others = observed.addresses_on(link.index).filter(|other| !policy::owns_address(config, other));
+        let Some(other) = others.find(is_taken_along).filter(|_| drops) else { return true };
+        notes.push(format!(
+            "{} stays on {}: the kernel would take {} along, which is not eniup's (net.ipv4.conf.{}.promote_secondaries is 0)",
+            address.net, link.name, other.net, link.name
+        ));
+        false
+    });
+    notes
 }
 
 /// Whether the ENI is to have a rule for the whole subnet of which this one covers a part. As nobody else is known to have anything in

@@ -325,6 +325,7 @@ mod tests {
             mtu: 9001,
             group: 0,
             altnames: BTreeSet::new(),
+            drops_secondaries: false,
             ipv6: None,
         };
         let mut observed = Observed { has_ipv6: true, ..Observed::default() };

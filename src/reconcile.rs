@@ -19,7 +19,7 @@ use crate::metadata::{self, Tree, Unusable};
 use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
-use crate::plan::{Plan, Step, plan};
+use crate::plan::{Plan, Step, plan, spare_carriers};
 use crate::policy;
 use crate::proof::{Judgement, Notes, Taken, judge};
 use crate::release::{Share, release};
@@ -461,6 +461,7 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
         let observed = observe_settled(netlink, &mut ledger, options, patience).await?;
         let plan = rollback(&trial.before, &observed, &options.config);
         if plan.steps.is_empty() {
+            plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
             break;
         }
         if round == ROUNDS {
@@ -502,6 +503,7 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     for round in 0.. {
         let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
         if plan.steps.is_empty() {
+            report.unsettled = plan.notes;
             ledger::save(&share.map_or_else(Ledger::default, |share| ledger.without(share.link)), &options.directory);
             return Ok(report);
         }
@@ -750,10 +752,12 @@ fn share(eni: Option<&str>, observed: &Observed, config: &Config) -> Result<Opti
 async fn what_is_ours(netlink: &mut Netlink, share: Option<&Share>, options: &Options) -> Result<(Plan, Ledger)> {
     let observed = netlink.observe().await?;
     let ledger = ledger::load(&options.directory).of_machine(&observed);
-    let plan = release(&ledger.recall(observed, options.config.mark), &ledger, &options.config);
-    let plan = match share {
+    let observed = ledger.recall(observed, options.config.mark);
+    let plan = release(&observed, &ledger, &options.config);
+    let mut plan = match share {
         Some(share) => share.only(plan),
         None => plan,
     };
+    plan.notes = spare_carriers(&mut plan.steps, &observed, &options.config);
     Ok((plan, ledger))
 }

@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::ledger::Found;
 use crate::net::{Address, Link, Observed};
 use crate::operation::{LinkChange, Operation};
-use crate::plan::{Plan, Step};
+use crate::plan::{Plan, Step, spare_carriers};
 use crate::release::{changes_back, reference};
 
 /// What a run names, as it was when the run came to it.
@@ -112,7 +112,9 @@ pub fn rollback(before: &Before, now: &Observed, config: &Config) -> Plan {
     operations.sort_by_key(|operation| (operation.phase(), operation.turn(), rank(operation)));
     let step =
         |operation| Step { eni: None, operation, reason: "as it was before the run that was not confirmed".into() };
-    Plan { steps: operations.into_iter().map(step).collect(), ..Plan::default() }
+    let mut steps = operations.into_iter().map(step).collect();
+    let notes = spare_carriers(&mut steps, now, config);
+    Plan { steps, notes, ..Plan::default() }
 }
 
 /// Within a phase: what others rest on comes first. A gateway needs its connected route, and the address with the

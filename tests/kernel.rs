@@ -5,9 +5,10 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use support::machine::{
-    Kernel, command, difference, dump, inside, ip, on_a_machine, output, scenario, with_scenario, with_two_enis,
+    Kernel, command, difference, dump, inside, ip, on_a_machine, output, read_leaves, scenario, with_scenario,
+    with_two_enis,
 };
 use support::scenarios;
 use vpc_lab::metadata::Published;
@@ -502,6 +503,63 @@ fn the_network_is_as_it_was_when_metadata_cannot_be_used() {
                 bail!("403: exit {}: {}", run.exit, run.stderr);
             }
             ensure!(difference(&before, &dump()?).is_empty(), "403: something was changed");
+            Ok(())
+        })
+    });
+}
+
+/// With an address goes what came after it with the same network, where `promote_secondaries` is 0, as it is unless systemd sets it.
+#[test]
+fn what_is_not_ours_does_not_go_with_an_address_of_ours() {
+    inside(|| {
+        for promotes in [false, true] {
+            with_two_enis(|machine| {
+                let whole = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+                std::fs::write("/proc/sys/net/ipv4/conf/eth02/promote_secondaries", if promotes { "1" } else { "0" })?;
+                machine.reconcile(0)?;
+                ip("addr add 10.0.1.77/24 dev eth02 noprefixroute")?;
+                let mut another = whole.clone();
+                another.insert("network/interfaces/macs/02:00:00:00:00:02/local-ipv4s".into(), "10.0.1.30".into());
+                machine.publish(another);
+                let has = |address: &str| ip("addr show eth02").map(|shown| shown.contains(&format!("{address}/")));
+                let run = machine.eniup("reconcile")?;
+                ensure!(run.exit == 0 && has("10.0.1.30")? && has("10.0.1.77")?, "{}: {}", run.exit, run.stderr);
+                let said =
+                    "10.0.1.20/24 stays on eth02: the kernel would take 10.0.1.77/24 along, which is not eniup's";
+                ensure!(has("10.0.1.20")? != promotes && run.stderr.contains(said) != promotes, "{}", run.stderr);
+                machine.assert_settled()?;
+                let run = machine.eniup("release")?;
+                ensure!(run.exit == i32::from(!promotes) && has("10.0.1.77")?, "{}: {}", run.exit, run.stderr);
+                ensure!(run.stderr.contains(said) != promotes, "{}", run.stderr);
+                // When the other one has gone, so does ours.
+                ip("addr del 10.0.1.77/24 dev eth02")?;
+                let run = machine.eniup("release")?;
+                ensure!(run.exit == 0 && !has("10.0.1.20")?, "{}: {}", run.exit, run.stderr);
+                Ok(())
+            })
+            .with_context(|| format!("promotes: {promotes}"))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_rollback_takes_nothing_of_others_along() {
+    inside(|| {
+        with_two_enis(|machine| {
+            std::fs::write("/proc/sys/net/ipv4/conf/eth02/promote_secondaries", "0")?;
+            let mut command = machine.command("reconcile --confirm 2");
+            let trial = std::thread::spawn(move || command.output());
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            while !ip("addr show eth02")?.contains("10.0.1.20/24") {
+                ensure!(std::time::Instant::now() < deadline, "the run on trial does nothing");
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            ip("addr add 10.0.1.77/24 dev eth02 noprefixroute")?;
+            let output = trial.join().expect("the thread has not panicked")?;
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(said.contains("10.0.1.20/24 stays on eth02"), "{said}");
+            ensure!(ip("addr show eth02")?.contains("10.0.1.77/24"), "{said}");
             Ok(())
         })
     });

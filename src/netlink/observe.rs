@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use ipnet::IpNet;
 use netlink_packet_core::{DefaultNla, Nla};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop};
+use netlink_packet_route::link::{
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Prop,
+};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -102,6 +104,7 @@ fn link(message: &LinkMessage) -> Link {
         mtu: 0,
         group: 0,
         altnames: Default::default(),
+        drops_secondaries: false,
         ipv6: None,
     };
     for attribute in &message.attributes {
@@ -115,7 +118,10 @@ fn link(message: &LinkMessage) -> Link {
             LinkAttribute::PropList(properties) => {
                 link.altnames = properties.iter().filter_map(altname).collect();
             }
-            LinkAttribute::AfSpecUnspec(families) => link.ipv6 = families.iter().find_map(link_ipv6),
+            LinkAttribute::AfSpecUnspec(families) => {
+                link.ipv6 = families.iter().find_map(link_ipv6);
+                link.drops_secondaries = families.iter().any(drops_secondaries);
+            }
             _ => {}
         }
     }
@@ -128,6 +134,12 @@ fn kind(info: &LinkInfo) -> Option<String> {
 
 fn altname(property: &Prop) -> Option<String> {
     if let Prop::AltIfName(name) = property { Some(name.clone()) } else { None }
+}
+
+/// As far as the link's own setting says; `net.ipv4.conf.all` may say otherwise for all links.
+fn drops_secondaries(family: &AfSpecUnspec) -> bool {
+    let AfSpecUnspec::Inet(attributes) = family else { return false };
+    attributes.iter().any(|attribute| matches!(attribute, AfSpecInet::DevConf(conf) if conf.promote_secondaries == 0))
 }
 
 fn link_ipv6(family: &AfSpecUnspec) -> Option<LinkIpv6> {

@@ -191,6 +191,7 @@ impl Vpc {
             ignored: BTreeMap::new(),
             undecided: BTreeSet::new(),
             shared: BTreeMap::new(),
+            held: BTreeSet::new(),
             idle: Vec::new(),
             choices: BTreeMap::new(),
         }
@@ -285,6 +286,7 @@ impl Host {
                 mtu: 1500,
                 group: 0,
                 altnames: BTreeSet::new(),
+                drops_secondaries: false,
                 ipv6: None,
             };
             self.observed.links.insert(index, link);
