@@ -196,7 +196,7 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
 
 /// The primary IPv4 address with the subnet's length, so that the kernel takes it as source for the ENI's traffic;
 /// secondary ones as /32 after it, since a /24 added first would take its place, and /24 ones vanish with their primary
-/// when `promote_secondaries` is 0. IPv6 as /128, all but the first deprecated: otherwise the address added last would
+/// when `promote_secondaries` is 0. IPv6 as /128, all but one deprecated, the first at the beginning: otherwise the address added last would
 /// become the source of unbound traffic.
 fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
     let length = eni.ipv4_subnet.map_or(32, |subnet| subnet.prefix_len());
@@ -210,7 +210,7 @@ fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
         };
         let kind = if n == 0 { "first" } else { "secondary" };
         let reason = format!("{kind} address of {}", eni.id);
-        addresses.push(wanted(policy::address(config, net, address.is_ipv6() && n > 0), reason));
+        addresses.push(wanted(policy::address(config, net, eni.is_deprecated(address)), reason));
     }
     addresses
 }

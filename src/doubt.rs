@@ -1,13 +1,14 @@
 //! While metadata does not tell all of an ENI, nobody knows whether it still has what another one is given: that is left as it is.
 
 use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::eni::{Attached, Claim, Dispute};
 use crate::holdings::{Own, has_twin, routes_of, stay_with};
-use crate::net::{Address, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::net::{Address, Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
 /// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
@@ -84,6 +85,24 @@ pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeS
         Some((address.net.addr().into(), link.mac))
     });
     held.collect()
+}
+
+/// What unbound sockets talk from is not changed by what metadata says first.
+pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Config) {
+    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+        let Some((mac, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get_mut(&mac)?))) else { continue };
+        let disputed = attached.disputes.get(&mac).into_iter().flatten().map(|dispute| dispute.source);
+        let known: BTreeSet<IpNet> = disputed.chain(eni.sources(Family::V6)).collect();
+        let ours = observed.addresses_on(link.index);
+        let ours = ours.filter(|there| policy::owns_address(config, there) && !there.is_deprecated);
+        let preferred = ours.filter_map(|there| match there.net.addr() {
+            IpAddr::V6(address) => Some(address).filter(|address| known.contains(&IpAddr::V6(*address).into())),
+            IpAddr::V4(_) => None,
+        });
+        let preferred: BTreeSet<Ipv6Addr> = preferred.collect();
+        let is_first = eni.ipv6s.first().is_some_and(|first| preferred.contains(first));
+        eni.prefers = preferred.first().copied().filter(|_| !is_first);
+    }
 }
 
 /// To which `main` leads by links that are no ENIs', each alone.

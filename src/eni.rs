@@ -46,6 +46,9 @@ pub struct Eni {
     pub unproven: BTreeSet<IpNet>,
     /// Those of the above that somebody else configures: they stay as they are, too.
     pub of_others: BTreeSet<IpNet>,
+    /// The IPv6 address from which unbound sockets talk, when the kernel has one already; else it is the first. Metadata may name them
+    /// in another order, or lack one for a moment.
+    pub prefers: Option<Ipv6Addr>,
 }
 
 impl Eni {
@@ -54,6 +57,14 @@ impl Eni {
         match family {
             Family::V4 => self.ipv4s.iter().map(|&address| address.into()).collect(),
             Family::V6 => self.ipv6s.iter().map(|&address| address.into()).collect(),
+        }
+    }
+
+    /// Whether the kernel is never to choose this address for unbound sockets.
+    pub fn is_deprecated(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(_) => false,
+            IpAddr::V6(address) => self.prefers.or(self.ipv6s.first().copied()) != Some(address),
         }
     }
 

@@ -570,6 +570,7 @@ impl Reader<'_> {
             ipv6_prefixes: self.networks("ipv6-prefix")?,
             unproven: BTreeSet::new(),
             of_others: BTreeSet::new(),
+            prefers: None,
         };
         // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
         // primary): it is on its way, or a stale read has lost it.

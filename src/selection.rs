@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::{held, leave_to_pending};
+use crate::doubt::{held, leave_to_pending, prefer_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
@@ -67,6 +67,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     }
     selected.idle = idle(&known, config);
     selected.held = held(&selected, observed, config);
+    prefer_as_is(&mut selected, observed, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
     selected

@@ -452,6 +452,41 @@ fn an_eni_that_is_listed_still_takes_nothing_from_its_successor() {
     });
 }
 
+/// The primary has no IPv6, so what unbound sockets send leaves by ENI 2.
+#[test]
+fn what_unbound_sockets_talk_from_is_not_changed_by_one_read() {
+    inside(|| {
+        let address = |n: u8| format!("2600:1f16:67f:f201::{n}");
+        let told = |of_second: &[u8], of_third: &[u8]| -> Result<Leaves> {
+            let mut leaves = told(SHARED)?;
+            for (eni, numbers) in [(2, of_second), (3, of_third)] {
+                leaves.insert(path(eni, "subnet-ipv6-cidr-blocks"), "2600:1f16:67f:f201::/64".into());
+                leaves.insert(path(eni, "ipv6s"), numbers.iter().map(|n| address(*n)).collect::<Vec<_>>().join("\n"));
+            }
+            Ok(leaves)
+        };
+        for (of_second, of_third) in [(&[20, 21][..], &[20, 30][..]), (&[21], &[30]), (&[21, 20], &[30])] {
+            with_scenario(SHARED, |machine| {
+                machine.publish(told(&[20, 21], &[30])?);
+                machine.reconcile(0)?;
+                let source = || -> Result<bool> {
+                    Ok(ip("-6 route get 2001:db8::7")?.contains(&format!("dev eth02 proto 176 src {} ", address(20))))
+                };
+                ensure!(source()?, "not from the first: {}", ip("-6 route get 2001:db8::7")?);
+                machine.publish(told(of_second, of_third)?);
+                let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+                ensure!(source()?, "{}: {}", ip("-6 route get 2001:db8::7")?, run.stderr);
+                machine.publish(told(&[20, 21], &[30])?);
+                machine.reconcile(0)?;
+                ensure!(source()?, "{}", ip("-6 route get 2001:db8::7")?);
+                machine.assert_settled()
+            })
+            .with_context(|| format!("{of_second:?}, {of_third:?}"))?;
+        }
+        Ok(())
+    });
+}
+
 /// It may have gone to the one of which metadata does not tell all.
 #[test]
 fn nothing_is_taken_away_while_an_eni_may_be_given_it() {
