@@ -44,9 +44,11 @@ fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Con
         for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac) {
             let table = policy::table(config, eni.slot);
             let is_before = |rule: &&&Rule| rule.priority < table;
+            // Who has the table now has the rules of prefixes in it.
+            let is_its_rule = |held: &IpNet| held.prefix_len() < held.family().bits() && tables.contains(&table);
             for source in eni.all_sources() {
                 let mut captured = captures.iter().filter(is_before).filter_map(|rule| rule.from);
-                if held.iter().any(|held| held.contains(&source) || source.contains(held)) {
+                if held.iter().any(|held| !is_its_rule(held) && (held.contains(&source) || source.contains(held))) {
                     dispute(*other, source, mac, Claim::Has);
                 } else if captured.any(|from| from.contains(&source)) {
                     dispute(*other, source, mac, Claim::Captures);
