@@ -626,6 +626,10 @@ impl Reader<'_> {
             let why = format!("{address} is outside the ENI's subnet {}", subnets_shown());
             return Err(Reason::Invalid { key: key.into(), why });
         }
+        // The VPC keeps it for itself in every subnet; as an address of this machine it would hide the way out.
+        if let Some(router) = eni.router(family).filter(|router| eni.addresses(family).contains(router)) {
+            return Err(Reason::Invalid { key: key.into(), why: format!("{router} is the VPC router's address") });
+        }
         if let Some(prefix) = eni.prefixes(family).into_iter().find(outside) {
             let key = if family == Family::V4 { "ipv4-prefix" } else { "ipv6-prefix" };
             let why = format!("{prefix} is outside the ENI's subnet {}", subnets_shown());
@@ -850,6 +854,24 @@ mod tests {
         }
         let reason = &snapshot(&second).pending[&mac(2)].reason;
         assert!(matches!(reason, Reason::Unknown { key, .. } if key == "local-ipv4s"), "{reason}");
+    }
+
+    #[test]
+    fn the_routers_address_is_no_enis() {
+        let leaf = |key: &str, body: &str| format!(r#""{INTERFACES}02:00:00:00:00:01/{key}": "{body}""#);
+        let reason = |address: &str| {
+            let keys =
+                [("interface-id", "eni-01"), ("local-ipv4s", address), ("subnet-ipv4-cidr-block", "10.0.1.0/24")];
+            let leaves = keys.map(|(key, body)| leaf(key, body)).join(", ");
+            let text = format!(r#"{{"leaves": {{"mac": "02:00:00:00:00:01", {leaves}}}}}"#);
+            let attached = attached(&Tree::from_json(&text).unwrap()).unwrap();
+            attached.pending.values().map(|pending| pending.reason.to_string()).collect::<String>()
+        };
+        assert_eq!(reason("10.0.1.5"), "");
+        assert_eq!(
+            reason("10.0.1.5\\n10.0.1.1"),
+            "its `local-ipv4s` cannot be used: 10.0.1.1 is the VPC router's address"
+        );
     }
 
     #[test]
