@@ -383,10 +383,8 @@ impl Attached {
 
     /// Whether metadata tells something of one ENI that cannot be with what it tells of another.
     pub fn has_clashes(&self) -> bool {
-        let is_clash = |reason: &Reason| match reason {
-            Reason::IdTaken { .. } | Reason::SlotTaken { .. } | Reason::Disputed(_) => true,
-            _ => false,
-        };
+        let is_clash =
+            |reason: &Reason| matches!(reason, Reason::IdTaken { .. } | Reason::SlotTaken { .. } | Reason::Disputed(_));
         !self.disputes.is_empty() || self.pending.values().any(|pending| is_clash(&pending.reason))
     }
 
