@@ -131,8 +131,9 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
             }
         }
     }
-    // The first address of each family is the distribution's, by DHCP; metadata lists it first.
-    let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family).into_iter().skip(1));
+    // One address of each family is the distribution's, by DHCP; metadata lists it first.
+    let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family));
+    let secondaries = secondaries.filter(|address| !eni.is_distributions(*address));
     let left_alone = eni.left_alone();
     let secondaries = secondaries.map(IpNet::from).filter(|net| !left_alone.contains(net));
     let addresses = secondaries.map(|net| {

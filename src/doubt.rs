@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::eni::{Attached, Claim, Dispute};
-use crate::holdings::{Own, has_twin, routes_of, stay_with};
+use crate::holdings::{Own, has_twin, keep_from_others, routes_of, stay_with};
 use crate::net::{Address, Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
@@ -16,25 +16,32 @@ use crate::policy;
 /// in dispute stays on the link that has it.
 pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
     let mut attached = attached.clone();
+    let mut seen = BTreeSet::new();
     loop {
-        let pending = attached.pending.len();
-        let conflicts = conflicts_with_pending(&attached, observed, config);
-        attached.leave_disputed(conflicts);
         // Whoever waits for that has something, too.
-        if attached.pending.len() == pending {
+        let unseen: BTreeSet<MacAddr> = attached.pending.keys().filter(|mac| !seen.contains(*mac)).copied().collect();
+        if unseen.is_empty() {
             leave_where_it_is(&mut attached, observed, config);
             return attached;
         }
+        let conflicts = conflicts_with_pending(&attached, &unseen, observed, config);
+        attached.leave_disputed(conflicts);
+        seen.extend(unseen);
     }
 }
 
-fn conflicts_with_pending(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(MacAddr, Dispute)> {
+fn conflicts_with_pending(
+    attached: &Attached,
+    pending: &BTreeSet<MacAddr>,
+    observed: &Observed,
+    config: &Config,
+) -> Vec<(MacAddr, Dispute)> {
     let mut conflicts = Vec::new();
     let mut dispute = |mac: MacAddr, source: IpNet, by: MacAddr, claim: Claim| {
         conflicts.push((mac, Dispute { source, by: attached.name_of(by), claim }));
     };
     for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
-        let Some(mac) = link.mac.filter(|mac| attached.pending.contains_key(mac)) else { continue };
+        let Some(mac) = link.mac.filter(|mac| pending.contains(mac)) else { continue };
         let mut held = Own::on(link, None, observed, config).sources;
         held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
         let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
@@ -82,11 +89,57 @@ pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeS
             Some(_) | None => !attached.is_complete(),
         }
     };
+    let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    let is_enis = |link: &Link| policy::can_be_eni(link) && !has_twin(link, &links);
     let held = observed.addresses.iter().filter_map(|(index, address)| {
         let link = observed.links.get(index).filter(|link| stays(link, address))?;
-        Some((address.net.addr().into(), link.mac))
+        Some((address.net.addr().into(), link.mac.filter(|_| is_enis(link))))
     });
     held.collect()
+}
+
+/// Which of the primary's addresses are the distribution's tells its link better than metadata's order: one that is there and not ours;
+/// if there is none, the first that is not ours.
+pub fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+    let mut attached = attached.clone();
+    let is_its = |link: &&Link| link.mac == Some(attached.primary) && policy::can_be_eni(link);
+    let links = observed.links.values().filter(is_its);
+    let there: Vec<&Address> = links.flat_map(|link| observed.addresses_on(link.index)).collect();
+    let is_there = |address: &IpAddr, is_ours: bool| {
+        let mut same = there.iter().filter(|there| there.net.addr() == *address);
+        same.any(|there| policy::owns_address(config, there) == is_ours)
+    };
+    if let Some(eni) = attached.ready.get_mut(&attached.primary) {
+        let of_family = |family| {
+            let addresses = eni.addresses(family);
+            let there = addresses.iter().find(|address| is_there(address, false));
+            there.or_else(|| addresses.iter().find(|address| !is_there(address, true))).copied()
+        };
+        eni.distributions = Some(Family::BOTH.into_iter().filter_map(of_family).collect());
+    }
+    let disputes = others_claims_to_what_is_leased(&attached, &there, config);
+    attached.leave_disputed(disputes);
+    attached
+}
+
+/// The primary's first address never changes: whoever else is given what DHCP has put on its link is not.
+fn others_claims_to_what_is_leased(
+    attached: &Attached,
+    there: &[&Address],
+    config: &Config,
+) -> Vec<(MacAddr, Dispute)> {
+    let others: Vec<&&Address> = there.iter().filter(|there| !policy::owns_address(config, there)).collect();
+    let is_alone = |one: &Address| others.iter().filter(|other| other.net.family() == one.net.family()).count() == 1;
+    let leased = others.iter().filter(|there| there.net.addr().is_ipv4() && (there.is_leased || is_alone(there)));
+    let leased: Vec<IpNet> = leased.map(|there| there.net.addr().into()).collect();
+    let by = attached.name_of(attached.primary);
+    let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
+    let claims = ready.flat_map(|(mac, eni)| {
+        let claimed =
+            eni.all_sources().into_iter().filter(|source| leased.iter().any(|leased| source.contains(leased)));
+        claimed.map(|source| (*mac, Dispute { source, by: by.clone(), claim: Claim::Leased }))
+    });
+    claims.collect()
 }
 
 /// What unbound sockets talk from is not changed by what metadata says first.
@@ -145,6 +198,7 @@ fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Conf
             may_be_given(source) && !is_given && !has_dispute(attached, mac, source)
         };
         let stay: Vec<IpNet> = own.sources.iter().filter(is_left).copied().collect();
+        keep_from_others(attached, &stay, mac);
         stay_with(attached, mac, stay, &own, link);
     }
 }

@@ -46,6 +46,9 @@ pub struct Eni {
     pub unproven: BTreeSet<IpNet>,
     /// Those of the above that somebody else configures: they stay as they are, too.
     pub of_others: BTreeSet<IpNet>,
+    /// Of the primary: the addresses that the distribution has put on its link or is to, one a family; none as long as the link was not
+    /// looked at: then they are the first ones.
+    pub distributions: Option<BTreeSet<IpAddr>>,
     /// The IPv6 address from which unbound sockets talk, when the kernel has one already; else it is the first. Metadata may name them
     /// in another order, or lack one for a moment.
     pub prefers: Option<Ipv6Addr>,
@@ -57,6 +60,14 @@ impl Eni {
         match family {
             Family::V4 => self.ipv4s.iter().map(|&address| address.into()).collect(),
             Family::V6 => self.ipv6s.iter().map(|&address| address.into()).collect(),
+        }
+    }
+
+    /// Whether the address is left to the distribution, as that of the primary by which the machine is reached.
+    pub fn is_distributions(&self, address: IpAddr) -> bool {
+        match &self.distributions {
+            Some(distributions) => distributions.contains(&address),
+            None => Family::BOTH.into_iter().any(|family| self.addresses(family).first() == Some(&address)),
         }
     }
 
@@ -178,8 +189,17 @@ pub enum Claim {
     Captures,
     /// It was that one's a moment ago, and it is not proven that it is no more.
     Keeps,
+    /// That one is the primary, and has it by DHCP.
+    Leased,
     /// Metadata does not tell all of that one, and a route to a container leads to it: it may be that one's.
     Routes,
+}
+
+impl Dispute {
+    /// What there is against it, by metadata alone.
+    pub fn clash(&self) -> String {
+        format!("{} overlaps what metadata gives to {}", show_source(&self.source), self.by)
+    }
 }
 
 impl fmt::Display for Dispute {
@@ -187,10 +207,13 @@ impl fmt::Display for Dispute {
         let Dispute { by, claim, .. } = self;
         let source = show_source(&self.source);
         match claim {
-            Claim::Given => write!(f, "{source} overlaps what metadata gives to {by}")?,
+            Claim::Given => write!(f, "{}", self.clash())?,
             Claim::Has => write!(f, "{source} overlaps what {by} has, of which metadata does not tell all")?,
             Claim::Captures => write!(f, "rules of {by}, of which metadata does not tell all, go before {source}'s")?,
-            Claim::Keeps => write!(f, "{source} was {by}'s a moment ago, and metadata has to say otherwise twice")?,
+            Claim::Keeps => {
+                write!(f, "{source} overlaps what was {by}'s a moment ago, and metadata has to say otherwise twice")?
+            }
+            Claim::Leased => write!(f, "{source} overlaps what {by}, the primary, has by DHCP")?,
             Claim::Routes => write!(
                 f,
                 "a route in main leads to {source} as to a container's address, and metadata does not tell whether it is \

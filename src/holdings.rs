@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::config::Config;
-use crate::eni::{Attached, Eni, Pending, Reason};
+use crate::eni::{Attached, Claim, Dispute, Eni, Pending, Reason};
 use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
@@ -72,6 +72,19 @@ pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> im
 /// Subnets of a prefix's family.
 fn of_family<'a>(subnets: &'a BTreeSet<IpNet>, prefix: &IpNet) -> Vec<&'a IpNet> {
     subnets.iter().filter(|subnet| subnet.family() == prefix.family()).collect()
+}
+
+/// What stays with an ENI no other has yet, nor a part of it, nor what it is a part of: rules of either would take it.
+pub fn keep_from_others(attached: &mut Attached, stay: &[IpNet], keeper: MacAddr) {
+    let by = attached.name_of(keeper);
+    let others = attached.ready.iter().filter(|(mac, _)| **mac != keeper);
+    let disputes = others.flat_map(|(mac, eni)| {
+        let is_kept = |source: &IpNet| stay.iter().any(|stays| stays.contains(source) || source.contains(stays));
+        let sources = eni.all_sources().into_iter().filter(is_kept);
+        sources.map(|source| (*mac, Dispute { source, by: by.clone(), claim: Claim::Keeps }))
+    });
+    let disputes = disputes.collect();
+    attached.leave_disputed(disputes);
 }
 
 /// Gives an ENI what its link has of these.

@@ -475,7 +475,7 @@ impl Attached {
         let reasons =
             id_conflicts(self.primary, &self.ready).into_iter().chain(slot_conflicts(self.primary, &self.ready));
         let reasons = reasons.map(|(mac, reason)| (mac, reason.to_string()));
-        reasons.chain(source_conflicts(self).into_iter().map(|(mac, dispute)| (mac, dispute.to_string()))).collect()
+        reasons.chain(source_conflicts(self).into_iter().map(|(mac, dispute)| (mac, dispute.clash()))).collect()
     }
 }
 
@@ -570,6 +570,7 @@ impl Reader<'_> {
             ipv6_prefixes: self.networks("ipv6-prefix")?,
             unproven: BTreeSet::new(),
             of_others: BTreeSet::new(),
+            distributions: None,
             prefers: None,
         };
         // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no

@@ -11,8 +11,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, Claim, Dispute, show_source};
-use crate::holdings::{Own, has_twin, stay_with};
+use crate::eni::{Attached, show_source};
+use crate::holdings::{Own, has_twin, keep_from_others, stay_with};
 use crate::net::{HasFamily, Link, MacAddr, Observed};
 use crate::policy;
 
@@ -101,7 +101,7 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
                 .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
                 .collect();
-            judgement.forget(&stay, mac);
+            keep_from_others(&mut judgement.attached, &stay, mac);
             stay_with(&mut judgement.attached, mac, stay, &own, link);
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };
@@ -151,19 +151,6 @@ impl Judgement {
     /// Of a run by hand.
     pub fn nothing_is_doubted(attached: &Attached) -> Judgement {
         Judgement { attached: attached.clone(), sightings: BTreeSet::new(), postponed: BTreeSet::new() }
-    }
-
-    /// These stay with this ENI, so no other has them yet, nor a part of them.
-    fn forget(&mut self, stay: &[IpNet], keeper: MacAddr) {
-        let by = self.attached.name_of(keeper);
-        let others = self.attached.ready.iter().filter(|(mac, _)| **mac != keeper);
-        let disputes = others.flat_map(|(mac, eni)| {
-            let sources = eni.all_sources().into_iter();
-            let sources = sources.filter(|source| stay.iter().any(|stays| stays.contains(source)));
-            sources.map(|source| (*mac, Dispute { source, by: by.clone(), claim: Claim::Keeps }))
-        });
-        let disputes = disputes.collect();
-        self.attached.leave_disputed(disputes);
     }
 
     /// Whether this may go; if not, it is postponed, and noted when the snapshot can be one of the two.

@@ -21,7 +21,7 @@ use crate::netlink::apply::Outcome;
 use crate::netlink::{self, Netlink};
 use crate::plan::{Plan, Step, plan, spare_carriers};
 use crate::policy;
-use crate::proof::{Judgement, Notes, Taken, judge};
+use crate::proof::{Judgement, Notes, Sighting, Taken, judge};
 use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
 use crate::rollback::rollback;
@@ -386,11 +386,12 @@ fn believed(
     };
     for lost in postponed {
         let pause = Duration::from_millis(policy::PROOF_PAUSE).as_secs();
-        let why = format!("{lost} stays: metadata has to lack it twice, at least {pause} s apart");
+        let is_in = |sightings: &BTreeSet<Sighting>| sightings.iter().any(|sighting| sighting.lost == lost);
         // Once is enough for a timer's log.
-        match ledger.notes.sightings.iter().any(|sighting| sighting.lost == lost) {
-            true => tracing::debug!("{why}"),
-            false => tracing::info!("{why}"),
+        match (is_in(&sightings), is_in(&ledger.notes.sightings)) {
+            (true, false) => tracing::info!("{lost} stays: metadata has to lack it twice, at least {pause} s apart"),
+            (true, true) => tracing::debug!("{lost} stays: metadata has to lack it twice, at least {pause} s apart"),
+            (false, _) => tracing::debug!("{lost} stays: metadata does not tell all, so what it lacks proves nothing"),
         }
     }
     // Where nothing is ours nothing has arrived.

@@ -474,7 +474,8 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 let run = |verb: &str, told: u8, holder: u8| -> Result<()> {
                     machine.publish(on(told));
                     let run = machine.eniup(&format!("{verb} --timeout 700ms"))?;
-                    let said = format!("eni-0{told} is pending: 10.0.1.77 was eni-0{holder}'s a moment ago");
+                    let said =
+                        format!("eni-0{told} is pending: 10.0.1.77 overlaps what was eni-0{holder}'s a moment ago");
                     ensure!(run.exit == if told == holder { 0 } else { 3 }, "{verb}: {} {}", run.exit, run.stderr);
                     ensure!(run.stderr.contains(&said) == (told != holder), "{verb}: {}", run.stderr);
                     ensure!(holders()? == (holder == 2, holder == 3), "{verb}: {:?}: {}", holders()?, run.stderr);

@@ -213,6 +213,7 @@ impl Shape {
             ipv6_prefixes: Vec::new(),
             unproven: BTreeSet::new(),
             of_others: BTreeSet::new(),
+            distributions: None,
             prefers: None,
         };
         if let (true, IpAddr::V4(address)) = (has_ipv4, host(subnet, Family::V4, number)) {
