@@ -211,7 +211,7 @@ impl fmt::Display for Dispute {
             Claim::Has => write!(f, "{source} overlaps what {by} has, of which metadata does not tell all")?,
             Claim::Captures => write!(f, "rules of {by}, of which metadata does not tell all, go before {source}'s")?,
             Claim::Keeps => {
-                write!(f, "{source} overlaps what was {by}'s a moment ago, and metadata has to say otherwise twice")?
+                write!(f, "{source} overlaps what was {by}'s a moment ago, and that is not proven to be over")?
             }
             Claim::Leased => write!(f, "{source} overlaps what {by}, the primary, has by DHCP")?,
             Claim::Routes => write!(

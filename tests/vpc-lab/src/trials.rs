@@ -182,7 +182,7 @@ fn one_schedule(ground: &mut Ground, seed: u64, summary: &mut Summary) -> Result
     ensure!([Some(0), Some(3), Some(69)].contains(&exit), "{what}: {}: {}", run.status, said());
     let is_excused = touched > 0 || trouble.is_lie();
     // An address that has come to its ENI less than a minute ago leaves it on proof only; here it always has.
-    let is_proof_due = is_automatic && what.contains(" goes to ") && said().contains("a moment ago");
+    let is_proof_due = is_automatic && what.contains(" goes to ") && said().contains("is not proven to be over");
     let is_right = exit == Some(0) || is_excused || exit == Some(3) && is_proof_due;
     ensure!(is_right, "{what}: {} without a fault: {}", run.status, said());
     ensure!(exit != Some(69) || ground.objects()? == as_it_was, "{what}: exit 69, and something was changed");
