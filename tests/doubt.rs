@@ -67,7 +67,7 @@ fn leaves_by(address: &str) -> Result<u8> {
 
 #[test]
 fn what_an_eni_has_that_cannot_be_read_goes_to_no_other() {
-    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"];
     inside(|| {
         for holder in BOTH {
             let other = 5 - holder;
@@ -91,14 +91,14 @@ fn what_an_eni_has_that_cannot_be_read_goes_to_no_other() {
                     ensure!(run.exit == 3 && run.stderr.contains(&said), "{}: {}", run.exit, run.stderr);
                     ensure!(holders("10.0.1.77")? == [holder], "{:?}: {}", holders("10.0.1.77")?, run.stderr);
                     ensure!(leaves_by("10.0.1.77")? == holder, "{}", run.stderr);
-                    let status = machine.eniup("status --timeout 700ms")?;
+                    let status = machine.eniup("status --timeout 2s")?;
                     ensure!(
                         status.exit == 3 && !status.stdout.contains("drifted"),
                         "{}: {}",
                         status.exit,
                         status.stdout
                     );
-                    let plan = machine.eniup("plan --timeout 700ms")?;
+                    let plan = machine.eniup("plan --timeout 2s")?;
                     ensure!(plan.stdout.is_empty(), "left to do: {}", plan.stdout);
                     let gone = rules.lines().find(|rule| !ip("rule show").is_ok_and(|rules| rules.contains(*rule)));
                     ensure!(
@@ -129,7 +129,7 @@ fn what_the_primary_has_that_cannot_be_read_goes_to_no_other() {
             ensure!(holders("10.0.0.77")? == [1]);
             machine.publish(of(2)?);
             fail(machine, &path(1, "local-ipv4s"));
-            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            let run = machine.eniup("reconcile --automatic --timeout 2s")?;
             ensure!(run.exit == 3 && holders("10.0.0.77")? == [1], "{}: {}", run.exit, run.stderr);
             ensure!(leaves_by("10.0.0.77")? == 1, "{}", run.stderr);
             Ok(())
@@ -140,7 +140,7 @@ fn what_the_primary_has_that_cannot_be_read_goes_to_no_other() {
 /// The other way round: the primary's rules come first, so it would take what it is given from all others.
 #[test]
 fn what_an_eni_has_goes_to_the_primary_only_when_metadata_gives_it_to_no_other() {
-    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"];
     inside(|| {
         let of = |eni: u8| Ok::<_, anyhow::Error>(and(told("one-shared-subnet")?, eni, "local-ipv4s", "10.0.0.77"));
         let both = and(of(1)?, 2, "local-ipv4s", "10.0.0.77");
@@ -200,7 +200,7 @@ fn which_of_the_primarys_addresses_is_the_distributions_tells_its_link() {
             for verb in ["reconcile --automatic", "reconcile"] {
                 for other in [&["10.0.0.11", "10.0.0.10"][..], &["10.0.0.11"]] {
                     machine.publish(of_primary(other)?);
-                    let run = machine.eniup(&format!("{verb} --timeout 700ms"))?;
+                    let run = machine.eniup(&format!("{verb} --timeout 2s"))?;
                     ensure!(run.exit == 0 && holders("10.0.0.11")? == [1], "{other:?}: {} {}", run.exit, run.stderr);
                     ensure!(!run.stderr.contains("addr "), "{other:?}: {}", run.stderr);
                 }
@@ -217,7 +217,7 @@ fn which_of_the_primarys_addresses_is_the_distributions_tells_its_link() {
 #[test]
 fn what_the_primary_has_by_dhcp_goes_to_no_other_whatever_metadata_says() {
     inside(|| {
-        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
             with_scenario("one-shared-subnet", |machine| {
                 if holders("10.0.0.10")? != [1] {
                     ip("addr add 10.0.0.10/24 dev eth01")?;
@@ -251,14 +251,14 @@ fn a_prefix_takes_no_address_in_it_by_one_read_and_an_address_waits_for_its_end(
             machine.publish(with_address()?);
             machine.reconcile(0)?;
             machine.publish(with_prefix()?);
-            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            let run = machine.eniup("reconcile --automatic --timeout 2s")?;
             let said = "eni-02 is pending: 10.0.1.96/28 overlaps what was eni-03's a moment ago";
             ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
             ensure!(holders("10.0.1.97")? == [3] && leaves_by("10.0.1.97")? == 3, "{}", run.stderr);
             Ok(())
         })?;
         // A fourth ENI, without a link here, cannot be read: nobody knows what it is given.
-        for verb in ["reconcile --timeout 700ms", "reconcile --automatic --timeout 700ms"] {
+        for verb in ["reconcile --timeout 2s", "reconcile --automatic --timeout 2s"] {
             let unread = |mut leaves: Leaves| {
                 for (key, body) in [("mac", "02:00:00:00:00:04"), ("subnet-ipv4-cidr-block", "10.0.1.0/24")] {
                     leaves.insert(path(4, key), body.into());
@@ -297,7 +297,7 @@ fn the_primarys_first_addresses_are_never_in_dispute() {
     inside(|| {
         with_scenario("one-shared-subnet", |machine| {
             machine.publish(and(told("one-shared-subnet")?, 2, "local-ipv4s", "10.0.0.10"));
-            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let run = machine.eniup("reconcile --timeout 2s")?;
             let said = "eni-02 is pending: 10.0.0.10 overlaps what metadata gives to eni-01";
             ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
             ensure!(!run.stderr.contains("eni-01 is pending"), "{}", run.stderr);
@@ -311,7 +311,7 @@ fn the_primarys_first_addresses_are_never_in_dispute() {
 #[test]
 fn what_the_primary_has_and_another_one_is_given_too_stays_with_it() {
     inside(|| {
-        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
             with_scenario("one-shared-subnet", |machine| {
                 let of_primary = and(told("one-shared-subnet")?, 1, "local-ipv4s", "10.0.0.77");
                 machine.publish(of_primary.clone());
@@ -331,7 +331,7 @@ fn what_the_primary_has_and_another_one_is_given_too_stays_with_it() {
 #[test]
 fn what_is_in_dispute_stays_where_it_is() {
     inside(|| {
-        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
             with_scenario(SHARED, |machine| {
                 let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
                 machine.publish(of(2)?);
@@ -348,12 +348,12 @@ fn what_is_in_dispute_stays_where_it_is() {
                     holders("10.0.1.77")?,
                     run.stderr
                 );
-                machine.eniup("reconcile --timeout 700ms")?;
-                let plan = machine.eniup("plan --timeout 700ms")?;
+                machine.eniup("reconcile --timeout 2s")?;
+                let plan = machine.eniup("plan --timeout 2s")?;
                 ensure!(plan.stdout.is_empty(), "left to do: {}after {}", plan.stdout, run.stderr);
                 ensure!(holders("10.0.1.77")? == [1, 2] && leaves_by("10.0.1.77")? == 2, "by hand it goes");
                 ip("addr del 10.0.1.77/32 dev eth01")?;
-                let run = machine.eniup("reconcile --timeout 700ms")?;
+                let run = machine.eniup("reconcile --timeout 2s")?;
                 ensure!(holders("10.0.1.77")? == [3] && leaves_by("10.0.1.77")? == 3, "{}: {}", run.exit, run.stderr);
                 Ok(())
             })
@@ -374,7 +374,7 @@ fn what_an_eni_has_that_waits_for_another_goes_to_no_third() {
             ip("addr add 10.0.1.20/32 dev eth01")?;
             machine.publish(of(3)?);
             fail(machine, &path(1, "local-ipv4s"));
-            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let run = machine.eniup("reconcile --timeout 2s")?;
             let said = [
                 "eni-02 is pending: its first address: 10.0.1.20 overlaps what eni-01 has",
                 "eni-03 is pending: 10.0.1.77 overlaps what eni-02 has",
@@ -390,7 +390,7 @@ fn what_an_eni_has_that_waits_for_another_goes_to_no_third() {
 #[test]
 fn a_containers_address_goes_to_no_eni_while_it_may_be_anothers() {
     inside(|| {
-        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
             with_scenario(SHARED, |machine| {
                 let before = told(SHARED)?;
                 ip("link add pod0 type veth peer name pod1")?;
@@ -425,7 +425,7 @@ fn what_an_eni_has_that_is_not_listed_goes_to_another_on_proof_only() {
                 let mut lie = and(told(SHARED)?, other, "local-ipv4s", "10.0.1.77");
                 lie.retain(|key, _| !key.starts_with(&path(holder, "")));
                 machine.publish(lie);
-                let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+                let run = machine.eniup("reconcile --automatic --timeout 2s")?;
                 let said = format!("eni-0{other} is pending: 10.0.1.77 overlaps what eni-0{holder} has");
                 ensure!(run.exit == 3 && run.stderr.contains(&said), "{}: {}", run.exit, run.stderr);
                 ensure!(run.stderr.contains("whose link is still here stays"), "{}: {}", run.exit, run.stderr);
@@ -469,7 +469,7 @@ fn a_run_that_has_the_time_proves_by_itself_that_an_eni_is_gone() {
 /// Nobody else is given it, but aggregated rules of a neighbour might take it in.
 #[test]
 fn what_a_link_has_is_covered_by_no_other_enis_rule() {
-    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"];
+    const VERBS: [&str; 2] = ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"];
     inside(|| {
         for verb in VERBS {
             for key in ["device-number", "interface-id", "subnet-ipv4-cidr-block"] {
@@ -513,7 +513,7 @@ fn an_address_that_somebody_else_has_configured_keeps_its_way_without_proof() {
                 let way = if ignored { 1 } else { holder };
                 ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, ip("rule show")?);
                 machine.publish(before);
-                let run = machine.eniup(&verb("reconcile --automatic --timeout 700ms"))?;
+                let run = machine.eniup(&verb("reconcile --automatic --timeout 2s"))?;
                 ensure!(run.exit == 0 && holders(address)? == [holder], "{}: {}", run.exit, run.stderr);
                 ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, run.stderr);
                 let neighbour = ip(&format!("route get 10.0.1.9 from {address}"))?;
@@ -530,7 +530,7 @@ fn an_address_that_somebody_else_has_configured_keeps_its_way_without_proof() {
 #[test]
 fn an_eni_that_is_listed_still_takes_nothing_from_its_successor() {
     inside(|| {
-        for verb in ["reconcile --automatic --timeout 700ms", "reconcile --timeout 700ms"] {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
             with_scenario(SHARED, |machine| {
                 // ENI 4, without a link: by the device number of ENI 3 and with an address that has gone to ENI 2.
                 let mut leaves = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77");
@@ -553,9 +553,9 @@ fn an_eni_that_is_listed_still_takes_nothing_from_its_successor() {
                 ensure!(!run.stderr.contains("eni-02 is") && !run.stderr.contains("eni-03 is"), "{}", run.stderr);
                 ensure!(holders("10.0.1.77")? == [2] && leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
                 ensure!(holders("10.0.1.22")? == [3] && leaves_by("10.0.1.22")? == 3, "{}", run.stderr);
-                let status = machine.eniup("status --timeout 700ms")?;
+                let status = machine.eniup("status --timeout 2s")?;
                 ensure!(status.stdout.contains("others go before it"), "{}", status.stdout);
-                ensure!(machine.eniup("plan --timeout 700ms")?.stdout.is_empty(), "something is left to do");
+                ensure!(machine.eniup("plan --timeout 2s")?.stdout.is_empty(), "something is left to do");
                 Ok(())
             })
             .with_context(|| verb)?;
@@ -586,7 +586,7 @@ fn what_unbound_sockets_talk_from_is_not_changed_by_one_read() {
                 };
                 ensure!(source()?, "not from the first: {}", ip("-6 route get 2001:db8::7")?);
                 machine.publish(told(of_second, of_third)?);
-                let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+                let run = machine.eniup("reconcile --automatic --timeout 2s")?;
                 ensure!(source()?, "{}: {}", ip("-6 route get 2001:db8::7")?, run.stderr);
                 machine.publish(told(&[20, 21], &[30])?);
                 machine.reconcile(0)?;
@@ -610,7 +610,7 @@ fn nothing_is_taken_away_while_an_eni_may_be_given_it() {
                 let moved = and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.77");
                 machine.publish(moved);
                 fail(machine, &path(3, key));
-                let run = machine.eniup("reconcile --timeout 700ms")?;
+                let run = machine.eniup("reconcile --timeout 2s")?;
                 ensure!(run.exit == 3 && holders("10.0.1.77")? == [2], "{}: {}", run.exit, run.stderr);
                 ensure!(leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
                 be_well(machine);
@@ -634,7 +634,7 @@ fn an_address_that_a_rule_of_a_pending_eni_captures_waits_for_that_eni() {
             machine.reconcile(0)?;
             machine.publish(and(before, 3, "local-ipv4s", "10.0.1.70"));
             fail(machine, &path(2, "local-ipv4s"));
-            let run = machine.eniup("reconcile --timeout 700ms")?;
+            let run = machine.eniup("reconcile --timeout 2s")?;
             let said = "eni-03 is pending: rules of eni-02, of which metadata does not tell all, go before 10.0.1.70's";
             ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
             ensure!(holders("10.0.1.70")?.is_empty(), "{}", run.stderr);
@@ -653,7 +653,7 @@ fn no_address_is_taken_out_of_a_prefix_that_is_lost_without_proof() {
             machine.publish(and(told(SHARED)?, 2, "ipv4-prefix", "10.0.1.96/28"));
             machine.reconcile(0)?;
             machine.publish(and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.97"));
-            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            let run = machine.eniup("reconcile --automatic --timeout 2s")?;
             let said = [
                 "10.0.1.96/28 of ENI 02:00:00:00:00:02 stays",
                 "eni-03 is pending: 10.0.1.97 overlaps what was eni-02's",

@@ -473,7 +473,7 @@ fn what_has_moved_to_another_eni_goes_back_on_proof_only() {
                 };
                 let run = |verb: &str, told: u8, holder: u8| -> Result<()> {
                     machine.publish(on(told));
-                    let run = machine.eniup(&format!("{verb} --timeout 700ms"))?;
+                    let run = machine.eniup(&format!("{verb} --timeout 2s"))?;
                     let said =
                         format!("eni-0{told} is pending: 10.0.1.77 overlaps what was eni-0{holder}'s a moment ago");
                     ensure!(run.exit == if told == holder { 0 } else { 3 }, "{verb}: {} {}", run.exit, run.stderr);
@@ -551,10 +551,10 @@ fn a_prefix_and_an_address_that_have_just_come_from_elsewhere_do_not_go_back_at_
             machine.publish(on(3));
             machine.reconcile(0)?;
             machine.publish(on(2));
-            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            let run = machine.eniup("reconcile --automatic --timeout 2s")?;
             ensure_on(3, &run.stderr)?;
             age_arrivals(machine, ARRIVAL_DOUBT)?;
-            let run = machine.eniup("reconcile --automatic --timeout 700ms")?;
+            let run = machine.eniup("reconcile --automatic --timeout 2s")?;
             ensure_on(2, &run.stderr)
         })
     });
