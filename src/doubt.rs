@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use crate::config::Config;
-use crate::eni::{Attached, Claim, Dispute};
+use crate::eni::{Attached, Claim, Dispute, Eni, Reason};
 use crate::holdings::{Own, has_twin, keep_from_others, routes_of, stay_with};
 use crate::net::{Address, Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
@@ -98,48 +98,81 @@ pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeS
     held.collect()
 }
 
-/// Which of the primary's addresses are the distribution's tells its link better than metadata's order: one that is there and not ours;
-/// if there is none, the first that is not ours.
+/// Which of the primary's addresses are the distribution's tells its link better than metadata's order: what DHCP has put there, else
+/// the first one unless it is ours, else one that is there and not ours. What it has there is in no dispute, and no other ENI's.
 pub fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
     let mut attached = attached.clone();
-    let is_its = |link: &&Link| link.mac == Some(attached.primary) && policy::can_be_eni(link);
+    let primary = attached.primary;
+    let is_its = |link: &&Link| link.mac == Some(primary) && policy::can_be_eni(link);
     let links = observed.links.values().filter(is_its);
     let there: Vec<&Address> = links.flat_map(|link| observed.addresses_on(link.index)).collect();
-    let is_there = |address: &IpAddr, is_ours: bool| {
-        let mut same = there.iter().filter(|there| there.net.addr() == *address);
-        same.any(|there| policy::owns_address(config, there) == is_ours)
+    let foreign: Vec<&Address> = there.iter().filter(|there| !policy::owns_address(config, there)).copied().collect();
+    let is_on_link = |address: IpAddr| there.iter().any(|there| there.net.addr() == address);
+    let is_anywhere = |address: IpAddr| observed.addresses.iter().any(|(_, there)| there.net.addr() == address);
+    let of_others = |address: &IpAddr| foreign.iter().find(|there| there.net.addr() == *address);
+    let Some(eni) = attached.ready.get_mut(&primary) else { return attached };
+    let of_family = |family| {
+        let told = eni.addresses(family);
+        let leased = told.iter().find(|address| of_others(address).is_some_and(|there| there.is_leased));
+        let is_ours = |address: &&IpAddr| is_on_link(**address) && of_others(address).is_none();
+        let first = || told.first().filter(|address| !is_ours(address));
+        let there = || told.iter().find(|address| of_others(address).is_some());
+        leased.or_else(first).or_else(there).copied()
     };
-    if let Some(eni) = attached.ready.get_mut(&attached.primary) {
-        let of_family = |family| {
-            let addresses = eni.addresses(family);
-            let there = addresses.iter().find(|address| is_there(address, false));
-            there.or_else(|| addresses.iter().find(|address| !is_there(address, true))).copied()
-        };
-        eni.distributions = Some(Family::BOTH.into_iter().filter_map(of_family).collect());
+    let distributions: BTreeSet<IpAddr> = Family::BOTH.into_iter().filter_map(of_family).collect();
+    // By metadata's order it was in no dispute; another ENI is given it as well, or has it.
+    let is_doubtful = |source: &IpNet| {
+        let is_single = source.prefix_len() == source.family().bits();
+        let is_right_there = is_on_link(source.addr()) || !is_anywhere(source.addr());
+        !(is_single && distributions.contains(&source.addr()) && is_right_there)
+    };
+    let doubtful: BTreeSet<IpNet> = eni.all_sources().into_iter().filter(is_doubtful).collect();
+    eni.distributions = Some(distributions);
+    let name = attached.name_of(primary);
+    let mut claims: Vec<(MacAddr, Dispute)> = Vec::new();
+    let in_pending = attached.pending.iter().filter_map(|(mac, pending)| match &pending.reason {
+        Reason::Disputed(dispute) => Some((mac, dispute)),
+        _ => None,
+    });
+    let in_disputes = attached.disputes.iter().flat_map(|(mac, disputes)| disputes.iter().map(move |one| (mac, one)));
+    for (mac, dispute) in in_pending.chain(in_disputes).filter(|(_, dispute)| dispute.by == name) {
+        let overlapping = doubtful.iter().filter(|source| source.contains(&dispute.source));
+        let by = attached.name_of(*mac);
+        claims.extend(
+            overlapping.map(|source| (primary, Dispute { source: *source, by: by.clone(), claim: Claim::Given })),
+        );
     }
-    let disputes = others_claims_to_what_is_leased(&attached, &there, config);
-    attached.leave_disputed(disputes);
+    let eni = &attached.ready[&primary];
+    for net in what_it_stands_on(&foreign, eni).into_iter().filter(|net| !eni.has(net)) {
+        for (mac, other) in attached.ready.iter().filter(|(mac, _)| **mac != primary) {
+            let claimed = other.all_sources().into_iter().filter(|source| source.contains(&net));
+            claims.extend(claimed.map(|source| (*mac, Dispute { source, by: name.clone(), claim: Claim::StandsOn })));
+        }
+    }
+    attached.leave_disputed(claims);
     attached
 }
 
-/// The primary's first address never changes: whoever else is given what DHCP has put on its link is not.
-fn others_claims_to_what_is_leased(
-    attached: &Attached,
-    there: &[&Address],
-    config: &Config,
-) -> Vec<(MacAddr, Dispute)> {
-    let others: Vec<&&Address> = there.iter().filter(|there| !policy::owns_address(config, there)).collect();
-    let is_alone = |one: &Address| others.iter().filter(|other| other.net.family() == one.net.family()).count() == 1;
-    let leased = others.iter().filter(|there| there.net.addr().is_ipv4() && (there.is_leased || is_alone(there)));
-    let leased: Vec<IpNet> = leased.map(|there| there.net.addr().into()).collect();
-    let by = attached.name_of(attached.primary);
-    let ready = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
-    let claims = ready.flat_map(|(mac, eni)| {
-        let claimed =
-            eni.all_sources().into_iter().filter(|source| leased.iter().any(|leased| source.contains(leased)));
-        claimed.map(|source| (*mac, Dispute { source, by: by.clone(), claim: Claim::Leased }))
-    });
-    claims.collect()
+/// The primary's first address never changes, so nobody else is given it: what DHCP has put on its link, else the one that has the
+/// subnet's length, else the only one.
+fn what_it_stands_on(foreign: &[&Address], eni: &Eni) -> Vec<IpNet> {
+    let of_family = |family| -> Vec<IpNet> {
+        let subnets = eni.subnets(family);
+        let near: Vec<&&Address> =
+            foreign.iter().filter(|there| subnets.iter().any(|subnet| subnet.contains(&there.net.addr()))).collect();
+        let those = |is: &dyn Fn(&Address) -> bool| -> Vec<IpNet> {
+            near.iter().filter(|there| is(there)).map(|there| there.net.addr().into()).collect()
+        };
+        let leased = those(&|there| there.is_leased);
+        let with_length = those(&|there| there.net.prefix_len() < family.bits());
+        match (leased.is_empty(), with_length.len()) {
+            (false, _) => leased,
+            (true, 1) => with_length,
+            (true, _) if near.len() == 1 => those(&|_| true),
+            (true, _) => Vec::new(),
+        }
+    };
+    Family::BOTH.into_iter().flat_map(of_family).collect()
 }
 
 /// What unbound sockets talk from is not changed by what metadata says first.
@@ -148,13 +181,17 @@ pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Confi
         let Some((mac, eni)) = link.mac.and_then(|mac| Some((mac, attached.ready.get_mut(&mac)?))) else { continue };
         let disputed = attached.disputes.get(&mac).into_iter().flatten().map(|dispute| dispute.source);
         let known: BTreeSet<IpNet> = disputed.chain(eni.sources(Family::V6)).collect();
-        let ours = observed.addresses_on(link.index);
-        let ours = ours.filter(|there| policy::owns_address(config, there) && !there.is_deprecated);
-        let preferred = ours.filter_map(|there| match there.net.addr() {
-            IpAddr::V6(address) => Some(address).filter(|address| known.contains(&IpAddr::V6(*address).into())),
-            IpAddr::V4(_) => None,
-        });
-        let preferred: BTreeSet<Ipv6Addr> = preferred.collect();
+        let preferred = |is_ours: bool| -> BTreeSet<Ipv6Addr> {
+            let there = observed.addresses_on(link.index).filter(|there| !there.is_deprecated);
+            let there = there.filter(|there| policy::owns_address(config, there) == is_ours);
+            let addresses = there.filter_map(|there| match there.net.addr() {
+                IpAddr::V6(address) => Some(address).filter(|address| known.contains(&IpAddr::V6(*address).into())),
+                IpAddr::V4(_) => None,
+            });
+            addresses.collect()
+        };
+        // What others have put there is not ours to change.
+        let preferred = Some(preferred(false)).filter(|found| !found.is_empty()).unwrap_or_else(|| preferred(true));
         let is_first = eni.ipv6s.first().is_some_and(|first| preferred.contains(first));
         eni.prefers = preferred.first().copied().filter(|_| !is_first);
     }

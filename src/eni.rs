@@ -189,8 +189,8 @@ pub enum Claim {
     Captures,
     /// It was that one's a moment ago, and it is not proven that it is no more.
     Keeps,
-    /// That one is the primary, and has it by DHCP.
-    Leased,
+    /// That one is the primary, and has it: by it people are connected.
+    StandsOn,
     /// Metadata does not tell all of that one, and a route to a container leads to it: it may be that one's.
     Routes,
 }
@@ -213,7 +213,7 @@ impl fmt::Display for Dispute {
             Claim::Keeps => {
                 write!(f, "{source} overlaps what was {by}'s a moment ago, and that is not proven to be over")?
             }
-            Claim::Leased => write!(f, "{source} overlaps what {by}, the primary, has by DHCP")?,
+            Claim::StandsOn => write!(f, "{source} overlaps what {by}, the primary, has on its link")?,
             Claim::Routes => write!(
                 f,
                 "a route in main leads to {source} as to a container's address, and metadata does not tell whether it is \
@@ -434,7 +434,8 @@ impl Attached {
             let is_first =
                 |family| eni.addresses(family).first().is_some_and(|first| dispute.source == (*first).into());
             match mac == self.primary {
-                true if Family::BOTH.into_iter().any(is_first) => continue,
+                // Once its link was looked at that is known better.
+                true if eni.distributions.is_none() && Family::BOTH.into_iter().any(is_first) => continue,
                 false if is_first(Family::V4) => {
                     self.set_aside(mac, Reason::Disputed(dispute));
                     continue;

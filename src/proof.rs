@@ -89,6 +89,10 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
         }
         // Metadata that gives it to another one may be older than what it told a moment ago.
         let has_just_arrived = |source: &IpNet| {
+            // The primary's first addresses never change, so nobody else can have had them.
+            if attached.primary_eni().is_some_and(|eni| eni.is_distributions(source.addr())) {
+                return false;
+            }
             let since = known.arrivals.get(&mac).and_then(|of_eni| of_eni.get(source));
             since.into_iter().chain(&known.unknown_before).any(|since| is_recent(*since, taken))
         };

@@ -160,7 +160,7 @@ async fn look_again(
             bail!("meanwhile somebody has released what was done, or made a run on trial")
         }
         Deeds { changes, .. } if changes == ended.changes => {
-            reading.again(imds, attached, &ledger.notes, &options.config).await?
+            reading.again(imds, attached, &ledger.notes, options).await?
         }
         // What cannot be read for want of time would pass for pending.
         _ if Instant::now() + whole_takes * 2 > options.deadline => {
@@ -281,7 +281,8 @@ impl Reading {
 
     /// With what was not settled in it read anew, which does not make the rest younger; once any of that is settled, or time may
     /// prove something, with all of it, so that what has gone from one ENI to another is seen on both.
-    async fn again(self, imds: &mut Imds, attached: &Attached, notes: &Notes, config: &Config) -> Result<Reading> {
+    async fn again(self, imds: &mut Imds, attached: &Attached, notes: &Notes, options: &Options) -> Result<Reading> {
+        let config = &options.config;
         let is_proof_due = notes.is_proof_due(self.taken, since_boot()?);
         let unsettled = attached.unsettled();
         let tree = imds.ask_again(self.tree.clone(), &unsettled, Scope::of(config)).await?;
@@ -291,7 +292,9 @@ impl Reading {
             false => Reading::take(imds, config).await?,
         };
         let again = again.with_enis_known_by(&self)?;
-        Ok(if again.lacks_what_is_known_by(&self) { self } else { again })
+        // What is not read for want of time says nothing of any ENI, and there is no other look.
+        let is_late = !again.unread.is_empty() && Instant::now() + FIRST_PAUSE >= options.deadline;
+        Ok(if is_late || again.lacks_what_is_known_by(&self) { self } else { again })
     }
 }
 

@@ -205,6 +205,8 @@ fn which_of_the_primarys_addresses_is_the_distributions_tells_its_link() {
                     ensure!(!run.stderr.contains("addr "), "{other:?}: {}", run.stderr);
                 }
             }
+            // As DHCP has it.
+            ip("addr replace 10.0.0.10/24 dev eth01 valid_lft 3600 preferred_lft 3600")?;
             machine.publish(of_primary(&["10.0.0.200", "10.0.0.11", "10.0.0.10"])?);
             machine.reconcile(0)?;
             ensure!(holders("10.0.0.200")? == [1] && holders("10.0.0.11")? == [1] && holders("10.0.0.10")? == [1]);
@@ -227,7 +229,7 @@ fn what_the_primary_has_by_dhcp_goes_to_no_other_whatever_metadata_says() {
                 lie.insert(path(1, "local-ipv4s"), "10.0.0.11".into());
                 machine.publish(lie);
                 let run = machine.eniup(verb)?;
-                let said = "eni-02 is pending: 10.0.0.10 overlaps what eni-01, the primary, has by DHCP";
+                let said = "eni-02 is pending: 10.0.0.10 overlaps what eni-01, the primary, has on its link";
                 ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
                 ensure!(holders("10.0.0.10")? == [1] && leaves_by("10.0.0.10")? == 1, "{}", run.stderr);
                 let neighbour = ip("route get 10.0.0.99 from 10.0.0.10")?;
@@ -237,6 +239,59 @@ fn what_the_primary_has_by_dhcp_goes_to_no_other_whatever_metadata_says() {
             .with_context(|| verb)?;
         }
         Ok(())
+    });
+}
+
+/// It is still the other one's, on whose link it is.
+#[test]
+fn one_read_that_names_anothers_address_first_of_the_primarys_gives_it_nothing() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
+            for address in ["10.0.0.12", "10.0.0.13"] {
+                with_scenario("one-shared-subnet", |machine| {
+                    if holders("10.0.0.10")? != [1] {
+                        ip("addr add 10.0.0.10/24 dev eth01")?;
+                    }
+                    let whole = and(told("one-shared-subnet")?, 2, "local-ipv4s", "10.0.0.13");
+                    machine.publish(whole.clone());
+                    machine.reconcile(0)?;
+                    ensure!(holders(address)? == [2], "{:?}", holders(address)?);
+                    let mut lie = whole;
+                    let list = lie.get_mut(&path(1, "local-ipv4s")).context("no list")?;
+                    *list = format!("{address}\n{list}");
+                    machine.publish(lie);
+                    let run = machine.eniup(verb)?;
+                    ensure!(run.exit == 3 && holders(address)? == [2], "{}: {}", run.exit, run.stderr);
+                    let neighbour = ip(&format!("route get 10.0.0.99 from {address}"))?;
+                    ensure!(neighbour.contains("dev eth02 ") && leaves_by(address)? == 2, "{neighbour}{}", run.stderr);
+                    Ok(())
+                })
+                .with_context(|| format!("{verb}: {address}"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
+/// Without DHCPv6 none of its IPv6 addresses is the distribution's but the first, as long as that is not ours.
+#[test]
+fn a_new_address_of_the_primary_comes_whichever_is_the_first() {
+    inside(|| {
+        with_scenario("one-shared-subnet", |machine| {
+            let of_primary = |addresses: &str| -> Result<Leaves> {
+                let mut leaves = told("one-shared-subnet")?;
+                leaves.insert(path(1, "local-ipv4s"), addresses.into());
+                Ok(leaves)
+            };
+            machine.publish(of_primary("10.0.0.10\n10.0.0.200")?);
+            machine.reconcile(0)?;
+            machine.publish(of_primary("10.0.0.200")?);
+            machine.reconcile(0)?;
+            machine.publish(of_primary("10.0.0.200\n10.0.0.201")?);
+            machine.reconcile(0)?;
+            ensure!(holders("10.0.0.200")? == [1] && holders("10.0.0.201")? == [1], "{}", ip("addr show eth01")?);
+            machine.assert_settled()
+        })
     });
 }
 
