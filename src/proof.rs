@@ -78,8 +78,15 @@ pub struct Judgement {
     pub postponed: BTreeSet<Lost>,
 }
 
-/// Puts back what is lost without proof.
-pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Taken, config: &Config) -> Judgement {
+/// Puts back what is lost without proof. `ours` is what of `attached` is ours to configure: what goes to others is lost.
+pub fn judge(
+    attached: &Attached,
+    ours: &Attached,
+    observed: &Observed,
+    known: &Notes,
+    taken: Taken,
+    config: &Config,
+) -> Judgement {
     let mut judgement = Judgement::nothing_is_doubted(attached);
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
     for link in &links {
@@ -100,7 +107,7 @@ pub fn judge(attached: &Attached, observed: &Observed, known: &Notes, taken: Tak
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
             let lost = own.sources.iter().filter(|source| !eni.has(source));
-            let lost = lost.filter(|source| !is_anybodys(source, attached, &links) || has_just_arrived(source));
+            let lost = lost.filter(|source| !is_anybodys(source, ours, &links) || has_just_arrived(source));
             let stay: Vec<IpNet> = lost
                 .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
@@ -175,12 +182,13 @@ impl Judgement {
 }
 
 /// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one. One whose
-/// link is not here cannot.
-fn is_anybodys(source: &IpNet, attached: &Attached, links: &[&Link]) -> bool {
-    let disputed = attached.disputes.values().flatten().map(|dispute| dispute.source);
+/// link is not here cannot, nor one that is somebody else's.
+fn is_anybodys(source: &IpNet, ours: &Attached, links: &[&Link]) -> bool {
+    let disputed = ours.disputes.values().flatten().map(|dispute| dispute.source);
     let is_here = |mac: &MacAddr| links.iter().filter(|link| link.mac == Some(*mac)).count() == 1;
-    let ready = attached.ready.iter().filter(|(mac, _)| is_here(mac));
-    let ready = ready.flat_map(|(_, eni)| eni.sources(source.family()));
+    let ready = ours.ready.iter().filter(|(mac, _)| is_here(mac));
+    let ready = ready
+        .flat_map(|(_, eni)| eni.sources(source.family()).into_iter().filter(|source| !eni.of_others.contains(source)));
     ready.chain(disputed).any(|theirs| theirs.contains(source))
 }
 
@@ -202,7 +210,7 @@ mod tests {
         let from = Some(prefix.parse().unwrap());
         observed.rules.insert(Rule { from, ..policy::rule(&config, Family::V4, table, table) });
         let taken = Taken { begun: 1, ended: 2 };
-        let believed = judge(&attached, &observed, &Notes::default(), taken, &config).attached;
+        let believed = judge(&attached, &attached, &observed, &Notes::default(), taken, &config).attached;
         let plan = plan(&desired(&believed, &config), &observed, believed.primary, &config);
         !plan.steps.iter().any(|step| step.to_string().contains(&format!("rule del priority {table} from {prefix}")))
     }

@@ -323,8 +323,9 @@ async fn settle(
     *ledger = std::mem::take(ledger).of(primary);
     let observed = observe_as_noted(netlink, ledger, options).await?;
     let all = &reading.told_here(&observed.links);
-    let believed = believed(all, *taken, &observed, ledger, options);
     let files = machine_files::read_of_container_networks();
+    let ours = select(all, tree, &observed, &files, &options.config);
+    let believed = believed(all, &ours, *taken, &observed, ledger, options);
     let (mut attached, mut taken_as_true) = (all.clone(), believed.clone());
     // By the links of the very moment: one that has come since, or has another name by now, may be left alone.
     let desire = |observed: &Observed| {
@@ -377,13 +378,14 @@ pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Op
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.
 fn believed(
     attached: &Attached,
+    ours: &Attached,
     taken: Taken,
     observed: &Observed,
     ledger: &mut Ledger,
     options: &Options,
 ) -> Attached {
     let Judgement { attached, sightings, postponed } = match options.is_automatic {
-        true => judge(attached, observed, &ledger.notes, taken, &options.config),
+        true => judge(attached, ours, observed, &ledger.notes, taken, &options.config),
         // Whatever was noted, this run acts on what it sees, and what is lost later is lost anew.
         false => Judgement::nothing_is_doubted(attached),
     };

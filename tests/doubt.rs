@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use eniup::metadata::eni_directory;
 use eniup::net::MacAddr;
-use eniup::policy::PROOF_PAUSE;
-use support::machine::{Machine, age_notes, inside, ip, read_leaves, scenario, with_scenario};
+use eniup::policy::{ARRIVAL_DOUBT, PROOF_PAUSE};
+use support::machine::{Machine, age_arrivals, age_notes, inside, ip, read_leaves, scenario, with_scenario};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
 /// Two secondary ENIs, 2 and 3, in one subnet, `10.0.1.0/24`.
@@ -239,6 +239,32 @@ fn what_the_primary_has_by_dhcp_goes_to_no_other_whatever_metadata_says() {
             .with_context(|| verb)?;
         }
         Ok(())
+    });
+}
+
+/// Whoever configures that ENI may not know of it.
+#[test]
+fn what_metadata_gives_to_an_ignored_eni_goes_on_proof_only() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, "[[ignore]]\nid = 'eni-03'\n")?;
+            let verb = |verb: &str| format!("--config {} {verb} --timeout 2s", config.display());
+            let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
+            machine.publish(of(2)?);
+            let run = machine.eniup(&verb("reconcile"))?;
+            ensure!(run.exit == 0 && holders("10.0.1.77")? == [2], "{}: {}", run.exit, run.stderr);
+            age_arrivals(machine, ARRIVAL_DOUBT)?;
+            machine.publish(of(3)?);
+            let run = machine.eniup(&verb("reconcile --automatic"))?;
+            ensure!(run.exit == 0 && holders("10.0.1.77")? == [2], "{}: {}", run.exit, run.stderr);
+            ensure!(leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
+            age_notes(machine, PROOF_PAUSE)?;
+            let run = machine.eniup(&verb("reconcile --automatic"))?;
+            ensure!(holders("10.0.1.77")?.is_empty(), "{}: {}", run.exit, run.stderr);
+            Ok(())
+        })
     });
 }
 

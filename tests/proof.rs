@@ -13,7 +13,8 @@ use eniup::net::{MacAddr, Observed};
 use eniup::policy::{ARRIVAL_DOUBT, PROOF_PAUSE};
 use eniup::proof::{Judgement, Notes, Sighting, Taken, judge};
 use support::machine::{
-    Machine, age_notes, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
+    Machine, age_arrivals, age_notes, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario,
+    with_two_enis,
 };
 use support::moments::{arrange, observe, settled_dump};
 use support::{Scenario, scenarios};
@@ -316,22 +317,25 @@ fn what_has_just_arrived_goes_to_another_eni_on_proof_only() -> Result<()> {
     let address = eniup::policy::address(&Config::default(), source, false);
     observed.addresses.insert((link, address));
     let config = Config::default();
-    let soon = judge(&stale, &observed, &known, taken(1_000), &config);
+    let soon = judge(&stale, &stale, &observed, &known, taken(1_000), &config);
     ensure!(soon.postponed.iter().any(|lost| lost.source == Some(source)), "{:?}", soon.postponed);
     ensure!(!soon.attached.ready[&macs[0]].ipv4s.contains(&"10.0.0.77".parse()?), "both have it");
     ensure!(known.recent_arrivals(taken(1_000)) == known.arrivals);
-    let later = judge(&stale, &observed, &known, taken(ARRIVAL_DOUBT), &config);
+    let later = judge(&stale, &stale, &observed, &known, taken(ARRIVAL_DOUBT), &config);
     ensure!(later.postponed.is_empty(), "{:?}", later.postponed);
     ensure!(known.recent_arrivals(taken(ARRIVAL_DOUBT)).is_empty());
     ensure!(known.clone().until(AT_FIRST.ended) == known);
     let known = known.until(AT_FIRST.ended - 1);
-    ensure!(judge(&stale, &observed, &known, taken(1_000), &config).postponed.is_empty(), "a note from the future");
+    ensure!(
+        judge(&stale, &stale, &observed, &known, taken(1_000), &config).postponed.is_empty(),
+        "a note from the future"
+    );
     Ok(())
 }
 
 fn judged(scenario: &Scenario, attached: &Attached, known: &BTreeSet<Sighting>, taken: Taken) -> Judgement {
     let known = Notes { sightings: known.clone(), ..Notes::default() };
-    judge(attached, &scenario.observed(), &known, taken, &Config::default())
+    judge(attached, attached, &scenario.observed(), &known, taken, &Config::default())
 }
 
 #[test]
@@ -426,21 +430,6 @@ fn what_metadata_gives_to_an_eni_without_a_link_stays_where_it_is() {
             Ok(())
         })
     });
-}
-
-/// Lets so many milliseconds pass since the arrivals that were noted, and since notes were lost.
-fn age_arrivals(machine: &Machine, milliseconds: u64) -> Result<()> {
-    let path = machine.directory.join("ledger.json");
-    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
-    let age = |time: &mut serde_json::Value| -> Result<()> {
-        *time = time.as_u64().context("no time")?.saturating_sub(milliseconds).into();
-        Ok(())
-    };
-    for of_eni in ledger["arrivals"].as_object_mut().context("the ledger has no arrivals")?.values_mut() {
-        of_eni.as_object_mut().context("no arrivals")?.values_mut().try_for_each(age)?;
-    }
-    ledger.get_mut("unknown_before").map_or(Ok(()), age)?;
-    Ok(fs::write(path, ledger.to_string())?)
 }
 
 /// A failover within the instance is done at once, by hand or not. One read that is older than it takes nothing back, while a

@@ -512,7 +512,7 @@ proptest! {
         }
         // An automatic run, which has seen nothing of this before.
         let taken = Taken { begun: 1, ended: 2 };
-        let believed = judge(&attached, &before, &Notes::default(), taken, &Config::default()).attached;
+        let believed = judge(&attached, &attached, &before, &Notes::default(), taken, &Config::default()).attached;
         let cautious = plan_for(&believed, &before);
         let mut observed = before.clone();
         apply(&mut observed, &cautious);

@@ -241,6 +241,21 @@ pub fn age_notes(machine: &Machine, milliseconds: u64) -> Result<()> {
 }
 
 /// The scenario of this name.
+/// Lets so many milliseconds pass since the arrivals that were noted, and since notes were lost.
+pub fn age_arrivals(machine: &Machine, milliseconds: u64) -> Result<()> {
+    let path = machine.directory.join("ledger.json");
+    let mut ledger: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    let age = |time: &mut serde_json::Value| -> Result<()> {
+        *time = time.as_u64().context("no time")?.saturating_sub(milliseconds).into();
+        Ok(())
+    };
+    for of_eni in ledger["arrivals"].as_object_mut().context("the ledger has no arrivals")?.values_mut() {
+        of_eni.as_object_mut().context("no arrivals")?.values_mut().try_for_each(age)?;
+    }
+    ledger.get_mut("unknown_before").map_or(Ok(()), age)?;
+    Ok(fs::write(path, ledger.to_string())?)
+}
+
 pub fn scenario(name: &str) -> Result<Scenario> {
     scenarios()?.into_iter().find(|scenario| scenario.name == name).with_context(|| format!("no scenario {name}"))
 }

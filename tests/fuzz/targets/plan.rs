@@ -26,7 +26,7 @@ fuzz_target!(|case: Case| {
     let config = config(&choices);
     let observed = machine.observed(&before, &config);
     if is_automatic {
-        let believed = judge(&told, &observed, &Default::default(), Taken { begun: 0, ended: 0 }, &config).attached;
+        let believed = judge(&told, &told, &observed, &Default::default(), Taken { begun: 0, ended: 0 }, &config).attached;
         promises::first_sight_takes_no_address(&tree, &told, &believed, &observed, &config);
         told = believed;
     }
