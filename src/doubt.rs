@@ -190,10 +190,9 @@ pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Confi
             });
             addresses.collect()
         };
-        // What others have put there is not ours to change.
-        let preferred = Some(preferred(false)).filter(|found| !found.is_empty()).unwrap_or_else(|| preferred(true));
-        let is_first = eni.ipv6s.first().is_some_and(|first| preferred.contains(first));
-        eni.prefers = preferred.first().copied().filter(|_| !is_first);
+        let (ours, of_others) = (preferred(true), preferred(false));
+        let is_first = eni.ipv6s.first().is_some_and(|first| ours.contains(first) || of_others.contains(first));
+        eni.prefers = ours.first().or(of_others.first()).copied().filter(|_| !is_first);
     }
 }
 
