@@ -15,7 +15,7 @@ use crate::policy;
 /// whoever has put it there, what its rules send its way before those of the others, and what may be its containers'. What is
 /// in dispute stays on the link that has it.
 pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
-    let mut attached = attached.clone();
+    let mut attached = leave_to_distribution(attached, observed, config);
     let mut seen = BTreeSet::new();
     loop {
         // Whoever waits for that has something, too.
@@ -100,7 +100,7 @@ pub fn held(attached: &Attached, observed: &Observed, config: &Config) -> BTreeS
 
 /// Which of the primary's addresses are the distribution's tells its link better than metadata's order: what DHCP has put there, else
 /// the first one unless it is ours, else one that is there and not ours. What it has there is in no dispute, and no other ENI's.
-pub fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
     let mut attached = attached.clone();
     let primary = attached.primary;
     let is_its = |link: &&Link| link.mac == Some(primary) && policy::can_be_eni(link);
@@ -119,15 +119,11 @@ pub fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &
         let there = || told.iter().find(|address| of_others(address).is_some());
         leased.or_else(first).or_else(there).copied()
     };
-    let distributions: BTreeSet<IpAddr> = Family::BOTH.into_iter().filter_map(of_family).collect();
-    // By metadata's order it was in no dispute; another ENI is given it as well, or has it.
-    let is_doubtful = |source: &IpNet| {
-        let is_single = source.prefix_len() == source.family().bits();
-        let is_right_there = is_on_link(source.addr()) || !is_anywhere(source.addr());
-        !(is_single && distributions.contains(&source.addr()) && is_right_there)
-    };
-    let doubtful: BTreeSet<IpNet> = eni.all_sources().into_iter().filter(is_doubtful).collect();
-    eni.distributions = Some(distributions);
+    let distributions = Family::BOTH.into_iter().filter_map(of_family);
+    // What another one has is not what the machine stands on, be it the first that metadata names.
+    eni.distributions = Some(distributions.filter(|one| is_on_link(*one) || !is_anywhere(*one)).collect());
+    let doubtful: BTreeSet<IpNet> =
+        eni.all_sources().into_iter().filter(|source| !eni.is_distributions(source.addr())).collect();
     let name = attached.name_of(primary);
     let mut claims: Vec<(MacAddr, Dispute)> = Vec::new();
     let in_pending = attached.pending.iter().filter_map(|(mac, pending)| match &pending.reason {

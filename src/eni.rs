@@ -431,12 +431,11 @@ impl Attached {
     pub fn leave_disputed(&mut self, conflicts: Vec<(MacAddr, Dispute)>) {
         for (mac, dispute) in conflicts {
             let Some(eni) = self.ready.get(&mac) else { continue };
-            let is_first =
-                |family| eni.addresses(family).first().is_some_and(|first| dispute.source == (*first).into());
+            let is_single = dispute.source.prefix_len() == dispute.source.family().bits();
+            let is_first = eni.ipv4s.first().is_some_and(|first| dispute.source == IpAddr::from(*first).into());
             match mac == self.primary {
-                // Once its link was looked at that is known better.
-                true if eni.distributions.is_none() && Family::BOTH.into_iter().any(is_first) => continue,
-                false if is_first(Family::V4) => {
+                true if is_single && eni.is_distributions(dispute.source.addr()) => continue,
+                false if is_first => {
                     self.set_aside(mac, Reason::Disputed(dispute));
                     continue;
                 }

@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::{held, leave_to_distribution, leave_to_pending, prefer_as_is};
+use crate::doubt::{held, leave_to_pending, prefer_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
@@ -18,7 +18,7 @@ use crate::policy;
 /// The attached ENIs with those set aside that are to be left alone, or may be.
 pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Files, config: &Config) -> Attached {
     // Before anything else: an ENI that is to be left alone has what it has, too.
-    let attached = &leave_to_distribution(&leave_to_pending(attached, observed, config), observed, config);
+    let attached = &leave_to_pending(attached, observed, config);
     let network = container_network(files, observed);
     // The machine stands on the primary, of which a container network has addresses only.
     let is_primary = |mac: &MacAddr| *mac == attached.primary;
