@@ -330,7 +330,6 @@ struct SourceOfRule {
 fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) -> Vec<SourceOfRule> {
     let Machine { attached, config, sources: everybody } = machine;
     let own: Vec<IpNet> = eni.addresses(family).into_iter().map(IpNet::from).collect();
-    let told: BTreeSet<IpNet> = own.iter().copied().collect();
     let rules = attached.choices.get(&mac).and_then(|choices| choices.rules).unwrap_or(config.rules);
     let mut sources = Vec::new();
     let subnets = eni.subnets(family);
@@ -342,12 +341,10 @@ fn sources_of_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) 
         if inside.is_empty() {
             continue;
         }
-        let mut others = everybody.of_others_in(&subnet, mac);
-        // What metadata gives to this one is its own, on whatever link it is.
-        others.retain(|source| !told.contains(source));
-        // And so is what somebody else has put on its link, unless it is another's.
+        let others = everybody.of_others_in(&subnet, mac);
+        // What somebody else has put on its link is its own, too, unless it is another's.
         let held = attached.held.iter().filter(|(_, holder)| *holder == Some(mac)).map(|(source, _)| source);
-        let held = held.filter(|source| subnet.contains(*source) && !told.contains(source)).filter(is_new);
+        let held = held.filter(|source| subnet.contains(*source) && !own.contains(source)).filter(is_new);
         inside.extend(held.filter(|source| !others.iter().any(|other| overlap(other, source))));
         // The rest of an isolated ENI's subnet may be somebody else's, who has the same one.
         if rules == Rules::PerAddress || is_isolated(attached, mac) {
@@ -380,8 +377,14 @@ impl Sources {
         let ready = attached.ready.iter();
         let ready = ready.flat_map(|(mac, eni)| eni.all_sources().into_iter().map(|source| (source, Some(*mac))));
         let disputed = attached.disputes.values().flatten().map(|dispute| (dispute.source, None));
+        // What metadata gives to an ENI is its own, on whatever link it is.
+        let is_told = |source: &IpNet| match source.addr() {
+            IpAddr::V4(address) => attached.ready.values().any(|eni| eni.ipv4s.contains(&address)),
+            IpAddr::V6(address) => attached.ready.values().any(|eni| eni.ipv6s.contains(&address)),
+        };
+        let held = attached.held.iter().filter(|(source, _)| !is_told(source)).copied();
         let mut sources = Sources {
-            known: ready.chain(disputed).chain(attached.held.iter().copied()).collect(),
+            known: ready.chain(disputed).chain(held).collect(),
             unknown: Vec::new(),
             is_list_whole: attached.malformed.is_empty(),
         };
