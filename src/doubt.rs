@@ -108,7 +108,6 @@ fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Conf
     let there: Vec<&Address> = links.flat_map(|link| observed.addresses_on(link.index)).collect();
     let foreign: Vec<&Address> = there.iter().filter(|there| !policy::owns_address(config, there)).copied().collect();
     let is_on_link = |address: IpAddr| there.iter().any(|there| there.net.addr() == address);
-    let is_anywhere = |address: IpAddr| observed.addresses.iter().any(|(_, there)| there.net.addr() == address);
     let of_others = |address: &IpAddr| foreign.iter().find(|there| there.net.addr() == *address);
     let Some(eni) = attached.ready.get_mut(&primary) else { return attached };
     let of_family = |family| {
@@ -119,9 +118,7 @@ fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Conf
         let there = || told.iter().find(|address| of_others(address).is_some());
         leased.or_else(first).or_else(there).copied()
     };
-    let distributions = Family::BOTH.into_iter().filter_map(of_family);
-    // What another one has is not what the machine stands on, be it the first that metadata names.
-    eni.distributions = Some(distributions.filter(|one| is_on_link(*one) || !is_anywhere(*one)).collect());
+    eni.distributions = Some(Family::BOTH.into_iter().filter_map(of_family).collect());
     let doubtful: BTreeSet<IpNet> =
         eni.all_sources().into_iter().filter(|source| !eni.is_distributions(source.addr())).collect();
     let name = attached.name_of(primary);
