@@ -37,6 +37,9 @@ const ROUNDS: usize = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
+/// A look that ends so shortly before the deadline may lack what it had no time for.
+const LATE: Duration = Duration::from_secs(1);
+
 /// How long the kernel may be busy with what it has acknowledged, and how often it is looked at meanwhile. On a link
 /// without a carrier it never gets done, and that is no reason to wait longer.
 const SETTLING: Duration = Duration::from_millis(200);
@@ -292,8 +295,8 @@ impl Reading {
             false => Reading::take(imds, config).await?,
         };
         let again = again.with_enis_known_by(&self)?;
-        // What is not read for want of time says nothing of any ENI, and there is no other look.
-        let is_late = !again.unread.is_empty() && Instant::now() + FIRST_PAUSE >= options.deadline;
+        // What is not read for want of time says nothing of any ENI, and there is hardly another look.
+        let is_late = !again.unread.is_empty() && Instant::now() + LATE >= options.deadline;
         Ok(if is_late || again.lacks_what_is_known_by(&self) { self } else { again })
     }
 }

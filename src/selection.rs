@@ -66,10 +66,11 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
         known.push(facts);
     }
     selected.idle = idle(&known, config);
-    selected.held = held(&selected, observed, config);
-    prefer_as_is(&mut selected, observed, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
+    // By what is selected in the end.
+    selected.held = held(&selected, observed, config);
+    prefer_as_is(&mut selected, observed, config);
     selected
 }
 
