@@ -377,14 +377,11 @@ impl Sources {
         let ready = attached.ready.iter();
         let ready = ready.flat_map(|(mac, eni)| eni.all_sources().into_iter().map(|source| (source, Some(*mac))));
         let disputed = attached.disputes.values().flatten().map(|dispute| (dispute.source, None));
-        // What metadata gives to an ENI is its own, on whatever link it is.
-        let is_told = |source: &IpNet| match source.addr() {
-            IpAddr::V4(address) => attached.ready.values().any(|eni| eni.ipv4s.contains(&address)),
-            IpAddr::V6(address) => attached.ready.values().any(|eni| eni.ipv6s.contains(&address)),
-        };
-        let held = attached.held.iter().filter(|(source, _)| !is_told(source)).copied();
+        // What an ENI is given is its own, whoever else claims it or has it on a link.
+        let nobodys = disputed.chain(attached.held.iter().copied());
+        let nobodys = nobodys.filter(|(source, _)| !attached.ready.values().any(|eni| eni.has(source)));
         let mut sources = Sources {
-            known: ready.chain(disputed).chain(held).collect(),
+            known: ready.chain(nobodys).collect(),
             unknown: Vec::new(),
             is_list_whole: attached.malformed.is_empty(),
         };
