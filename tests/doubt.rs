@@ -382,7 +382,7 @@ fn the_primarys_first_addresses_are_never_in_dispute() {
             ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
             ensure!(!run.stderr.contains("eni-01 is pending"), "{}", run.stderr);
             let rules = ip("rule show")?;
-            ensure!(rules.contains("from 10.0.0.10 to 10.0.0.0/24 iif lo lookup 20000"), "{rules}");
+            ensure!(rules.contains("from 10.0.0.8/30 to 10.0.0.0/24 iif lo lookup 20000"), "{rules}");
             Ok(())
         })
     });
