@@ -197,8 +197,8 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
 
 /// The primary IPv4 address with the subnet's length, so that the kernel takes it as source for the ENI's traffic;
 /// secondary ones as /32 after it, since a /24 added first would take its place, and /24 ones vanish with their primary
-/// when `promote_secondaries` is 0. IPv6 as /128, all but one deprecated, the first at the beginning: otherwise the address added last would
-/// become the source of unbound traffic.
+/// when `promote_secondaries` is 0. IPv6 as /128, all but one deprecated (the first, as long as the kernel has none): otherwise
+/// the address added last would become the source of unbound traffic.
 fn addresses(eni: &Eni, config: &Config) -> Vec<Wanted<Address>> {
     let length = eni.ipv4_subnet.map_or(32, |subnet| subnet.prefix_len());
     let left_alone = eni.left_alone();

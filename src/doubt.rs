@@ -1,4 +1,5 @@
-//! While metadata does not tell all of an ENI, nobody knows whether it still has what another one is given: that is left as it is.
+//! What one reading of metadata leaves in doubt, and what links have to say to it: where it is not clear whose something is, it is left
+//! as it is.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};

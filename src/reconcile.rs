@@ -513,7 +513,11 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
         let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
         if plan.steps.is_empty() {
             report.unsettled = plan.notes;
-            ledger::save(&share.map_or_else(Ledger::default, |share| ledger.without(share.link)), &options.directory);
+            // What stays has to be known as ours to the one who comes back for it, and an old kernel does not tell.
+            if report.unsettled.is_empty() {
+                let left = share.map_or_else(Ledger::default, |share| ledger.without(share.link));
+                ledger::save(&left, &options.directory);
+            }
             return Ok(report);
         }
         if round == ROUNDS {
