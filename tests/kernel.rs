@@ -512,8 +512,9 @@ fn the_network_is_as_it_was_when_metadata_cannot_be_used() {
 #[test]
 fn what_is_not_ours_does_not_go_with_an_address_of_ours() {
     inside(|| {
-        for promotes in [false, true] {
+        for (promotes, kernel) in [(false, Kernel::Own), (true, Kernel::Own), (false, Kernel::Old)] {
             with_two_enis(|machine| {
+                machine.kernel = kernel;
                 let whole = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
                 std::fs::write("/proc/sys/net/ipv4/conf/eth02/promote_secondaries", if promotes { "1" } else { "0" })?;
                 machine.reconcile(0)?;
@@ -537,7 +538,7 @@ fn what_is_not_ours_does_not_go_with_an_address_of_ours() {
                 ensure!(run.exit == 0 && !has("10.0.1.20")?, "{}: {}", run.exit, run.stderr);
                 Ok(())
             })
-            .with_context(|| format!("promotes: {promotes}"))?;
+            .with_context(|| format!("promotes: {promotes}, {kernel:?}"))?;
         }
         Ok(())
     });
