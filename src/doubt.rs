@@ -46,7 +46,11 @@ fn conflicts_with_pending(
         let mut held = Own::on(link, None, observed, config).sources;
         held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
         let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
-        let is_of_tables = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        // Rules in the table of a ready ENI are that one's, or go.
+        let is_ready_ones = |table: u32| attached.ready.values().any(|eni| policy::table(config, eni.slot) == table);
+        let is_of_tables = |rule: &&Rule| {
+            policy::owns_rule(config, rule) && tables.contains(&rule.table) && !is_ready_ones(rule.table)
+        };
         let captures = |rule: &&Rule| is_of_tables(rule) && rule.to.is_none() && rule.from.is_some();
         let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
         for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac) {

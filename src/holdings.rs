@@ -32,13 +32,14 @@ impl Own {
         let in_tables = routes.iter().filter(is_subnet).map(|route| route.destination);
         let in_tables: BTreeSet<IpNet> = in_tables.filter(|subnet| *subnet != policy::IPV6_LINK_LOCAL).collect();
         let addresses = observed.addresses_on(link.index).filter(|address| policy::owns_address(config, address));
-        // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table.
+        // The ENI that was in this slot before may have left rules for prefixes of another subnet in the table, and where no
+        // subnet is told there is no way for them to lead to.
         let can_be_its = |prefix: &IpNet| {
             let told = eni.map(|eni| eni.subnets(prefix.family())).unwrap_or_default();
             // A family that is lost as a whole has lost its subnet, too; by then the routes tell of it.
             let known: Vec<&IpNet> =
                 if told.is_empty() { of_family(&in_tables, prefix) } else { told.iter().collect() };
-            known.is_empty() || known.iter().any(|subnet| subnet.contains(prefix))
+            known.iter().any(|subnet| subnet.contains(prefix))
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         Own {
@@ -90,12 +91,18 @@ pub fn keep_from_others(attached: &mut Attached, stay: &[IpNet], keeper: MacAddr
 /// Gives an ENI what its link has of these.
 pub fn stay_with(attached: &mut Attached, mac: MacAddr, stay: Vec<IpNet>, own: &Own, link: &Link) {
     let Some(eni) = attached.ready.get_mut(&mac) else { return };
-    // Its routes and rules could not be had beside those of other subnets: all stays as it is.
-    let is_of_another_subnet = |source: &IpNet| {
+    // Its routes and rules could not be had beside those of other subnets, nor without its subnet: all stays as it is. The
+    // primary's addresses need none.
+    let needs_no_subnet = |source: &IpNet| mac == attached.primary && source.prefix_len() == source.family().bits();
+    let is_of_no_subnet = |source: &IpNet| {
         let told = eni.subnets(source.family());
-        !told.is_empty() && !told.iter().any(|subnet| subnet.contains(source))
+        match told.is_empty() {
+            // A family that is lost as a whole has lost its subnet, too.
+            true => !needs_no_subnet(source) && !own.subnets.iter().any(|subnet| subnet.contains(source)),
+            false => !told.iter().any(|subnet| subnet.contains(source)),
+        }
     };
-    if stay.iter().any(is_of_another_subnet) {
+    if stay.iter().any(is_of_no_subnet) {
         attached.ready.remove(&mac);
         attached.pending.insert(mac, own.pending(link));
         return;
@@ -112,7 +119,6 @@ fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
         (IpNet::V6(prefix), _) => eni.ipv6_prefixes.push(prefix),
     }
     eni.unproven.insert(source);
-    // A family that is lost as a whole has lost its subnet, too.
     if eni.subnets(source.family()).is_empty() {
         for subnet in own.subnets.iter().filter(|subnet| subnet.contains(&source)) {
             match subnet {
