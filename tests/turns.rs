@@ -317,6 +317,53 @@ fn what_goes_to_an_eni_that_cannot_be_read_any_more_stays_where_it_was() {
     });
 }
 
+/// An ENI that could not be read for a while is read again, and by then an address of its has gone to one that was read before.
+#[test]
+fn what_moves_while_an_eni_cannot_be_read_is_seen_on_both_sides() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            let key = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+            let on = |n: u8, coming: &[u8]| -> Result<Leaves> {
+                let mut leaves = told(THREE)?;
+                *leaves.get_mut(&key(n, "local-ipv4s")).context("no list")? += "\n10.0.1.77";
+                leaves.extend(coming.iter().map(|n| (key(*n, "mac"), format!("02:00:00:00:00:0{n}"))));
+                Ok(leaves)
+            };
+            machine.publish(on(2, &[])?);
+            machine.reconcile(0)?;
+            machine.publish(on(2, &[4, 5])?);
+            let waits = waiting_for(machine, "reconcile --timeout 6s")?;
+            let rules = vec![Rule::new("*/02:00:00:00:00:02/local-ipv4s", Occurrences::Always, Action::Status(503))];
+            machine.service.set_faults(Faults { rules, ..Faults::default() });
+            // Without the fifth, something is settled, and all is read anew.
+            machine.publish(on(2, &[4])?);
+            until("a failed read", || Ok(machine.service.requests().faults > 0 && !is_held(machine)))?;
+            machine.publish(on(3, &[4])?);
+            machine.service.set_faults(Faults::default());
+            waits.ends(3, "02:00:00:00:00:04 is pending")?;
+            let (second, third) = (ip("addr show eth02")?, ip("addr show eth03")?);
+            ensure!(third.contains("10.0.1.77/") && !second.contains("10.0.1.77/"), "{second}{third}");
+            Ok(())
+        })
+    });
+}
+
+/// A service that stalls when the time is nearly over says nothing of any ENI.
+#[test]
+fn what_is_not_read_for_want_of_time_is_not_told_as_unread() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut half = told(TWO)?;
+            half.remove("network/interfaces/macs/02:00:00:00:00:02/device-number");
+            machine.publish(half);
+            let waits = waiting_for(machine, "reconcile --timeout 2s")?;
+            let rules = vec![Rule::new("*/02:00:00:00:00:02/*", Occurrences::Always, Action::Hang)];
+            machine.service.set_faults(Faults { rules, ..Faults::default() });
+            waits.ends(3, "eni-02 is pending: metadata does not have its `device-number` yet")
+        })
+    });
+}
+
 /// `wait` looks again and again, too.
 #[test]
 fn what_fails_while_wait_waits_makes_nothing_less_known() {
