@@ -231,7 +231,7 @@ fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Conf
             let is_given = attached.ready.values().any(|eni| eni.has(source));
             may_be_given(source) && !is_given && !has_dispute(attached, mac, source)
         };
-        let stay: Vec<IpNet> = own.sources.iter().filter(is_left).copied().collect();
+        let stay: Vec<IpNet> = own.at_stake(eni).filter(|source| is_left(&source)).collect();
         keep_from_others(attached, &stay, mac);
         stay_with(attached, mac, stay, &own, link);
     }

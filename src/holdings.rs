@@ -14,6 +14,8 @@ use crate::policy;
 pub struct Own {
     /// Addresses as whole-length prefixes, and delegated prefixes.
     pub sources: BTreeSet<IpNet>,
+    /// Addresses that somebody else has put on the link, a DHCP client above all, and that our rules send its way.
+    served: BTreeSet<IpNet>,
     /// The subnets in its tables.
     subnets: BTreeSet<IpNet>,
     has_routes: bool,
@@ -42,11 +44,31 @@ impl Own {
             known.iter().any(|subnet| subnet.contains(prefix))
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
+        let leads_here = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        let is_served = |address: &IpAddr| {
+            let mut from = observed.rules.iter().filter(leads_here).filter_map(|rule| rule.from);
+            from.any(|from| from.contains(address))
+        };
+        let of_others = observed.addresses_on(link.index).filter(|address| !policy::owns_address(config, address));
+        let served = of_others.map(|address| address.net.addr()).filter(is_served).map(IpNet::from);
         Own {
             sources: addresses.map(|address| address.net.addr().into()).chain(prefixes).collect(),
+            served: served.collect(),
             subnets: in_tables.clone(),
             has_routes: !routes.is_empty(),
         }
+    }
+
+    /// What would lose its address or its way if the ENI had no more than this. Beside another address of its subnet that somebody else
+    /// has put there keeps its way.
+    pub fn at_stake(&self, eni: &Eni) -> impl Iterator<Item = IpNet> {
+        let is_beside_another = |source: &&IpNet| {
+            let family = source.family();
+            let addresses = eni.addresses(family);
+            let mut subnets = eni.subnets(family).into_iter().filter(|subnet| subnet.contains(*source));
+            subnets.any(|subnet| addresses.iter().any(|address| subnet.contains(address)))
+        };
+        self.sources.iter().chain(self.served.iter().filter(move |source| !is_beside_another(source))).copied()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -58,7 +80,7 @@ impl Own {
         Pending {
             id: link.altnames.iter().find(|name| name.starts_with("eni-")).cloned(),
             reason: Reason::Unproven,
-            sources: Some(self.sources.iter().copied().collect()),
+            sources: Some(self.sources.union(&self.served).copied().collect()),
             subnets: self.subnets.iter().copied().collect(),
         }
     }

@@ -284,6 +284,12 @@ impl Observed {
         let from = self.addresses.range((link, least)..).take_while(move |(index, _)| *index == link);
         from.map(|(_, address)| address)
     }
+
+    /// Whether the link can have addresses of this family: IPv6 may be missing from the kernel, or turned off.
+    pub fn can_have(&self, link: &Link, family: Family) -> bool {
+        let has_ipv6 = || self.has_ipv6 && link.ipv6.as_ref().is_some_and(|ipv6| !ipv6.is_disabled);
+        family == Family::V4 || has_ipv6()
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use ipnet::IpNet;
+
 use crate::config::Config;
 use crate::desired::{Desired, DesiredEni, DesiredLink, Wanted};
 use crate::eni::{Attached, Eni};
@@ -245,8 +247,7 @@ impl Plan {
         keep: &mut Keep,
         config: &Config,
     ) {
-        let has_ipv6 = observed.has_ipv6 && link.ipv6.as_ref().is_some_and(|ipv6| !ipv6.is_disabled);
-        let is_possible = |family: Family| family == Family::V4 || has_ipv6;
+        let is_possible = |family: Family| observed.can_have(link, family);
         let routes = eni.routes.iter().filter(|route| is_possible(route.object.destination.family()));
         for route in routes.filter(|route| !is_place_kept(&route.object, desired, observed)) {
             self.want_route(eni, link, route, observed, keep);
@@ -451,7 +452,7 @@ impl Unwanted<'_> {
             }
         }
         for rule in self.observed.rules.iter().filter(|rule| !keep.rules.contains(rule)) {
-            if policy::owns_rule(self.config, rule) && self.rule_may_go(rule) {
+            if policy::owns_rule(self.config, rule) && self.rule_may_go(rule, keep) {
                 let operation = Operation::DeleteRule { rule: rule.clone() };
                 steps.push(self.step(self.eni_of_table(rule.table), operation, "no ENI needs it"));
             }
@@ -508,13 +509,13 @@ impl Unwanted<'_> {
     /// a rule for the whole subnet would replace, for another ENI may have got one for the same subnet while this one was
     /// pending. Everything else (the guard, rules to
     /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have; but those before the guard
-    /// rule from what was observed in `main`.
-    fn rule_may_go(&self, rule: &Rule) -> bool {
+    /// rule from what was observed in `main`. What leads nowhere does not keep an address from its way.
+    fn rule_may_go(&self, rule: &Rule, keep: &Keep) -> bool {
         let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority;
         let is_not_its = |eni: &DesiredEni| eni.is_whole && (self.is_complete() || !is_within_subnet_rule(rule, eni));
         let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(is_not_its);
         let is_proven = self.is_complete() || self.is_link_gone(rule.table);
-        is_own || is_proven && !self.is_table_in_trouble(rule.table)
+        is_own || is_proven && !self.is_table_in_trouble(rule.table) || self.is_in_the_way(rule, keep)
     }
 
     fn route_may_go(&self, index: Option<u32>, route: &Route) -> bool {
@@ -524,6 +525,35 @@ impl Unwanted<'_> {
         let is_own = self.eni_of_table(route.table).is_some_and(|eni| eni.is_whole && eni.link != DesiredLink::Left);
         let is_proven = self.is_complete() || self.is_link_gone(route.table);
         !is_of_trouble && (is_own || is_proven && !self.is_table_in_trouble(route.table))
+    }
+
+    /// Whether no link is in the rule's tables any more, and it takes what an ENI has by now before that one's own rules.
+    fn is_in_the_way(&self, rule: &Rule, keep: &Keep) -> bool {
+        let Some(from) = rule.from.filter(|_| rule.to.is_none() && !rule.is_inverted) else { return false };
+        let [own, _] = self.tables_with(rule.table);
+        let leads_nowhere = || !self.observed.routes.iter().any(|(link, route)| link.is_some() && route.table == own);
+        let is_taken = |source: &IpNet| {
+            let is_before = |kept: &Rule| {
+                let is_its = kept.to.is_none() && kept.from.is_some_and(|from| from.contains(source));
+                is_its && kept.priority < rule.priority && policy::leads_to_eni(self.config, kept)
+            };
+            from.contains(source) && !keep.rules.iter().any(is_before)
+        };
+        policy::leads_to_eni(self.config, rule)
+            && leads_nowhere()
+            && self.sources_here().any(|source| is_taken(&source))
+    }
+
+    /// What the ENIs whose links are here have or will have.
+    fn sources_here(&self) -> impl Iterator<Item = IpNet> {
+        let of_eni = |(eni, link): &(&DesiredEni, &Link)| {
+            let wanted = eni.addresses.iter().map(|wanted| wanted.object.net.addr().into());
+            let there = self.observed.addresses_on(link.index).map(|address| address.net.addr().into());
+            let prefixes = eni.rules.iter().map(|wanted| &wanted.object).filter(|rule| policy::is_of_prefix(rule));
+            let sources = wanted.chain(there).chain(prefixes.filter_map(|rule| rule.from));
+            sources.collect::<Vec<IpNet>>()
+        };
+        self.placed.values().flat_map(of_eni)
     }
 
     /// Whether this is a table of an ENI whose link has left the machine: no route by any link is in its tables, and its

@@ -106,10 +106,9 @@ pub fn judge(
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
-            let lost = own.sources.iter().filter(|source| !eni.has(source));
-            let lost = lost.filter(|source| !is_anybodys(source, ours, &links) || has_just_arrived(source));
+            let lost = own.at_stake(eni).filter(|source| !eni.has(source));
+            let lost = lost.filter(|source| !is_anybodys(source, ours, &links, observed) || has_just_arrived(source));
             let stay: Vec<IpNet> = lost
-                .copied()
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
                 .collect();
             keep_from_others(&mut judgement.attached, &stay, mac);
@@ -182,11 +181,15 @@ impl Judgement {
 }
 
 /// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one. One whose
-/// link is not here cannot, nor one that is somebody else's.
-fn is_anybodys(source: &IpNet, ours: &Attached, links: &[&Link]) -> bool {
+/// link is not here or is somebody's port cannot, nor one that is somebody else's.
+fn is_anybodys(source: &IpNet, ours: &Attached, links: &[&Link], observed: &Observed) -> bool {
     let disputed = ours.disputes.values().flatten().map(|dispute| dispute.source);
-    let is_here = |mac: &MacAddr| links.iter().filter(|link| link.mac == Some(*mac)).count() == 1;
-    let ready = ours.ready.iter().filter(|(mac, _)| is_here(mac));
+    let can_have = |mac: &MacAddr| {
+        let mut of_eni = links.iter().filter(|link| link.mac == Some(*mac));
+        let link = of_eni.next().filter(|link| link.controller.is_none() && observed.can_have(link, source.family()));
+        link.is_some() && of_eni.next().is_none()
+    };
+    let ready = ours.ready.iter().filter(|(mac, _)| can_have(mac));
     let ready = ready
         .flat_map(|(_, eni)| eni.sources(source.family()).into_iter().filter(|source| !eni.of_others.contains(source)));
     ready.chain(disputed).any(|theirs| theirs.contains(source))

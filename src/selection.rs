@@ -186,6 +186,8 @@ fn facts(mac: MacAddr, id: Option<&String>, eni: Option<&Eni>, tree: &Tree, obse
     facts.extend(eni.map(|eni| (Attribute::NetworkCard, one(eni.slot.network_card.to_string()))));
     facts.extend(eni.map(|eni| (Attribute::DeviceNumber, one(eni.slot.device_number.to_string()))));
     let mut tell = |attribute, values: Option<BTreeSet<String>>| facts.extend(values.map(|values| (attribute, values)));
+    // No ENI is in no subnet or in no security group: an empty answer has not told.
+    let told = |tree, mac, key| told(tree, mac, key).filter(|values| !values.is_empty());
     tell(Attribute::SubnetId, told(tree, mac, "subnet-id"));
     tell(Attribute::VpcId, told(tree, mac, "vpc-id"));
     let groups = told(tree, mac, "security-groups").zip(told(tree, mac, "security-group-ids"));

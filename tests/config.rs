@@ -663,6 +663,25 @@ fn with_groups(metadata: &Path) -> Result<BTreeMap<String, String>> {
     Ok(leaves)
 }
 
+/// No ENI is in no security group, so an empty answer has told nothing, like none.
+#[test]
+fn a_security_group_that_is_not_told_decides_nothing() {
+    inside(|| {
+        with_scenario("three-enis-of-which-two-share", |machine| {
+            let mut leaves = with_groups(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+            let file = write(machine, "[[ignore]]\nsecurity_group = 'kube*'\n")?;
+            leaves.insert("network/interfaces/macs/02:00:00:00:00:03/security-groups".into(), "\n".into());
+            machine.publish(leaves);
+            let run = machine.eniup(&format!("reconcile --timeout 300ms --config {file}"))?;
+            let words = "eni-03 is pending: metadata does not tell yet what decides";
+            ensure!(run.exit == 3 && run.stderr.contains(words), "{}: {}", run.exit, run.stderr);
+            let dump = dump()?;
+            ensure!(!dump.iter().any(|line| line.contains("eni-03") || line.contains("20002")), "{dump:#?}");
+            Ok(())
+        })
+    });
+}
+
 #[test]
 fn an_eni_that_comes_to_be_ignored_keeps_what_it_has_until_it_is_released_by_name() {
     inside(|| {

@@ -726,6 +726,35 @@ fn an_address_that_a_rule_of_a_pending_eni_captures_waits_for_that_eni() {
     });
 }
 
+/// ENI 2 was detached and attached again while no metadata was to be had, and reads device number 0 still. Its old rules lead nowhere, and
+/// come before those of ENI 3, to which one of its addresses has failed over.
+#[test]
+fn rules_that_lead_nowhere_keep_no_address_from_its_way() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
+            with_scenario(SHARED, |machine| {
+                machine.publish(and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.77"));
+                machine.reconcile(0)?;
+                ip("link del eth02")?;
+                ip("link add eth02 address 02:00:00:00:00:02 type veth peer name far02")?;
+                ip("link set far02 up")?;
+                let mut later = and(told(SHARED)?, 3, "local-ipv4s", "10.0.1.77");
+                later.insert(path(2, "device-number"), "0".into());
+                machine.publish(later);
+                let run = machine.eniup(verb)?;
+                ensure!(run.exit == 3 && run.stderr.contains("eni-02 is pending"), "{}: {}", run.exit, run.stderr);
+                ensure!(holders("10.0.1.77")? == [3], "{:?}: {}", holders("10.0.1.77")?, run.stderr);
+                ensure!(leaves_by("10.0.1.77")? == 3, "it does not leave by it: {}", run.stderr);
+                // The one that is in nobody's way fails closed still.
+                ensure!(leaves_by("10.0.1.20").is_err(), "it leaves by another ENI: {}", ip("rule show")?);
+                Ok(())
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn no_address_is_taken_out_of_a_prefix_that_is_lost_without_proof() {
     inside(|| {

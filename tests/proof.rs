@@ -257,6 +257,55 @@ fn an_address_that_stays_for_want_of_proof_works_though_its_subnet_is_not_told()
     });
 }
 
+/// The usual layout where a DHCP client configures each link: eniup adds the way only. One read lacks a whole family, or all of it but
+/// a delegated prefix.
+#[test]
+fn what_a_dhcp_client_has_put_on_a_link_keeps_its_way_for_want_of_proof() {
+    const TWO: &str = "two-subnets-dual-stack";
+    inside(|| {
+        let leaves = read_leaves(&scenario(TWO)?.folder.join("metadata.json"))?;
+        let key = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+        let gone: [(u8, &[&str], Option<&str>); 5] = [
+            (2, &["ipv6s"], None),
+            (2, &["ipv6s"], Some("2600:1f16:67f:f201:1::/80")),
+            (2, &["ipv6s", "subnet-ipv6-cidr-blocks"], None),
+            (2, &["local-ipv4s", "subnet-ipv4-cidr-block"], None),
+            (1, &["ipv6s"], None),
+        ];
+        for (n, keys, prefix) in gone {
+            with_two_enis(|machine| {
+                let mut told = leaves.clone();
+                told.extend(prefix.map(|prefix| (key(2, "ipv6-prefix"), prefix.to_string())));
+                for n in [1, 2] {
+                    for list in ["local-ipv4s", "ipv6s"] {
+                        let first = told.get(&key(n, list)).and_then(|list| list.lines().next()).unwrap_or_default();
+                        if !first.is_empty() && !(n == 1 && list == "local-ipv4s") {
+                            let length = if list == "ipv6s" { 128 } else { 24 };
+                            ip(&format!("addr add {first}/{length} dev eth0{n} nodad"))?;
+                        }
+                        told.insert(key(n, list), first.to_string());
+                    }
+                }
+                machine.publish(told.clone());
+                machine.reconcile(0)?;
+                let before = settled_dump()?;
+                told.retain(|there, _| keys.iter().all(|gone| *there != key(n, gone)));
+                machine.publish(told);
+                let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+                ensure!(run.exit == 0 && run.stderr.contains("stays"), "exit {}: {}", run.exit, run.stderr);
+                let difference = difference(&before, &settled_dump()?);
+                ensure!(difference.is_empty(), "changed:\n{difference}{}", run.stderr);
+                age_notes(machine, PROOF_PAUSE)?;
+                let run = machine.eniup("reconcile --automatic --timeout 5s")?;
+                ensure!(run.exit == 0, "exit {}: {}", run.exit, run.stderr);
+                machine.assert_settled()
+            })
+            .with_context(|| format!("{keys:?} of {n}"))?;
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn a_link_that_is_gone_is_proof_at_once() {
     inside(|| {
@@ -429,6 +478,43 @@ fn what_metadata_gives_to_an_eni_without_a_link_stays_where_it_is() {
             ensure!(ip("addr show eth02")?.contains("10.0.1.21/"), "it is gone: {}", run.stderr);
             Ok(())
         })
+    });
+}
+
+/// eniup leaves a port to whoever made the bridge, and cannot put an IPv6 address where the administrator has turned IPv6 off.
+#[test]
+fn what_metadata_gives_to_an_eni_that_cannot_have_it_stays_where_it_is() {
+    const THREE: &str = "three-enis-of-which-two-share";
+    inside(|| {
+        let list = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+        let with_ipv6 = |holder: u8| -> Result<Leaves> {
+            let mut told = read_leaves(&scenario(THREE)?.folder.join("metadata.json"))?;
+            for n in [2, 3] {
+                let more = if n == holder { "\n2600:1f16::77" } else { "" };
+                told.insert(list(n, "ipv6s"), format!("2600:1f16::2{n}{more}"));
+                told.insert(list(n, "subnet-ipv6-cidr-blocks"), "2600:1f16::/64".into());
+                let more = if n == holder { "\n10.0.1.77" } else { "" };
+                told.insert(list(n, "local-ipv4s"), format!("10.0.1.2{n}{more}"));
+            }
+            Ok(told)
+        };
+        for (is_port, address) in [(true, "10.0.1.77/"), (false, "2600:1f16::77/")] {
+            with_scenario(THREE, |machine| {
+                machine.publish(with_ipv6(2)?);
+                machine.reconcile(0)?;
+                age_arrivals(machine, ARRIVAL_DOUBT)?;
+                match is_port {
+                    true => _ = (ip("link add br0 type bridge")?, ip("link set eth03 master br0")?),
+                    false => fs::write("/proc/sys/net/ipv6/conf/eth03/disable_ipv6", "1")?,
+                }
+                machine.publish(with_ipv6(3)?);
+                let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+                ensure!(run.exit == 3 && run.stderr.contains("eni-03"), "{}: {}", run.exit, run.stderr);
+                ensure!(ip("addr show eth02")?.contains(address), "{address} is gone: {}", run.stderr);
+                Ok(())
+            })?;
+        }
+        Ok(())
     });
 }
 
