@@ -59,8 +59,8 @@ impl Own {
         }
     }
 
-    /// What would lose its address or its way if the ENI had no more than this. Beside another address of its subnet that somebody else
-    /// has put there keeps its way.
+    /// What would go, or lose its way, if the ENI had no more than this. What somebody else has put on the link keeps its way beside any
+    /// other address of its subnet.
     pub fn at_stake(&self, eni: &Eni) -> impl Iterator<Item = IpNet> {
         let is_beside_another = |source: &&IpNet| {
             let family = source.family();
