@@ -165,7 +165,7 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
         routes.push(wanted(policy::unreachable_default(config, table, family), reason));
         routes.extend(table_routes(eni, family, table, config));
         routes.extend(link_local_route(eni, family, table, config));
-        if is_first_of_missing_family(attached, mac, family) {
+        if is_first_of_missing_family(attached, mac, family) || still_stands_in(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
         if !choices.is_isolated() && choices.main_routes == Some(MainRoutes::Connected) {
@@ -293,6 +293,13 @@ fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family)
     let with_family =
         attached.ready.iter().filter(|(mac, eni)| eni.has_family(family) && !is_isolated(attached, **mac));
     is_missing && with_family.min_by_key(|(_, eni)| eni.slot).is_some_and(|(first, _)| *first == mac)
+}
+
+/// Whether this ENI has the only default of a family that the primary ENI has come to have.
+fn still_stands_in(attached: &Attached, mac: MacAddr, family: Family) -> bool {
+    let has_come = attached.primary_eni().is_some_and(|primary| !primary.addresses(family).is_empty());
+    let stands_in = attached.ready.get(&mac).is_some_and(|eni| eni.stands_in.contains(&family));
+    has_come && stands_in && mac != attached.primary && !is_isolated(attached, mac)
 }
 
 fn is_isolated(attached: &Attached, mac: MacAddr) -> bool {

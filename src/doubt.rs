@@ -14,26 +14,33 @@ use crate::policy;
 
 /// Leaves ENIs without what a pending ENI has, as nobody can tell whether metadata still gives it the same: what its link has,
 /// whoever has put it there, what its rules send its way before those of the others, and what may be its containers'. What is
-/// in dispute stays on the link that has it.
-pub fn leave_to_pending(attached: &Attached, observed: &Observed, config: &Config) -> Attached {
+/// in dispute stays on the link that has it. Rules of ours that ENIs have which are left alone take what they take, too.
+pub fn leave_to_pending(
+    attached: &Attached,
+    left_alone: &BTreeSet<MacAddr>,
+    observed: &Observed,
+    config: &Config,
+) -> Attached {
     let mut attached = leave_to_distribution(attached, observed, config);
     let mut seen = BTreeSet::new();
     loop {
         // Whoever waits for that has something, too.
-        let unseen: BTreeSet<MacAddr> = attached.pending.keys().filter(|mac| !seen.contains(*mac)).copied().collect();
+        let keepers = attached.pending.keys().chain(left_alone);
+        let unseen: BTreeSet<MacAddr> = keepers.filter(|mac| !seen.contains(*mac)).copied().collect();
         if unseen.is_empty() {
             leave_where_it_is(&mut attached, observed, config);
             return attached;
         }
-        let conflicts = conflicts_with_pending(&attached, &unseen, observed, config);
+        let conflicts = conflicts_with(&unseen, &attached, left_alone, observed, config);
         attached.leave_disputed(conflicts);
         seen.extend(unseen);
     }
 }
 
-fn conflicts_with_pending(
+fn conflicts_with(
+    keepers: &BTreeSet<MacAddr>,
     attached: &Attached,
-    pending: &BTreeSet<MacAddr>,
+    left_alone: &BTreeSet<MacAddr>,
     observed: &Observed,
     config: &Config,
 ) -> Vec<(MacAddr, Dispute)> {
@@ -42,28 +49,38 @@ fn conflicts_with_pending(
         conflicts.push((mac, Dispute { source, by: attached.name_of(by), claim }));
     };
     for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
-        let Some(mac) = link.mac.filter(|mac| pending.contains(mac)) else { continue };
-        let mut held = Own::on(link, None, observed, config).sources;
-        held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
-        let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
-        // Rules in the table of a ready ENI are that one's, or go.
-        let is_ready_ones = |table: u32| attached.ready.values().any(|eni| policy::table(config, eni.slot) == table);
-        let is_of_tables = |rule: &&Rule| {
-            policy::owns_rule(config, rule) && tables.contains(&rule.table) && !is_ready_ones(rule.table)
+        let Some(mac) = link.mac.filter(|mac| keepers.contains(mac)) else { continue };
+        let is_left_alone = left_alone.contains(&mac) && !attached.pending.contains_key(&mac);
+        let is_other = |other: &MacAddr| *other != mac && !(is_left_alone && left_alone.contains(other));
+        let ready = || attached.ready.iter().filter(|(other, _)| is_other(other));
+        // Rules in the tables of a ready ENI are that one's, or go.
+        let of_eni = |(_, eni): (&MacAddr, &Eni)| {
+            Family::BOTH.map(|family| policy::last_table(config, policy::table(config, eni.slot), family))
         };
-        let captures = |rule: &&Rule| is_of_tables(rule) && rule.to.is_none() && rule.from.is_some();
+        let of_ready: BTreeSet<u32> = ready().flat_map(of_eni).collect();
+        let tables = routes_of(link, observed, config).map(|route| route.table);
+        let tables: BTreeSet<u32> = tables.filter(|table| !of_ready.contains(table)).collect();
+        let captures = |rule: &&Rule| {
+            let is_of_tables = policy::owns_rule(config, rule) && tables.contains(&rule.table);
+            is_of_tables && rule.to.is_none() && rule.from.is_some()
+        };
         let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
-        for (other, eni) in attached.ready.iter().filter(|(other, _)| **other != mac) {
-            let table = policy::table(config, eni.slot);
-            let is_before = |rule: &&&Rule| rule.priority < table;
-            // Who has the table now has the rules of prefixes in it.
-            let is_its_rule = |held: &IpNet| held.prefix_len() < held.family().bits() && tables.contains(&table);
+        let mut held = Own::on(link, None, observed, config).sources;
+        let is_by_rule = |source: &IpNet| captures.iter().any(|rule| rule.from == Some(*source));
+        held.retain(|source| source.prefix_len() == source.family().bits() || is_by_rule(source));
+        held.extend(observed.addresses_on(link.index).map(|address| IpNet::from(address.net.addr())));
+        // Metadata tells all of it, and what others put there is their business.
+        held.retain(|_| !is_left_alone);
+        for (other, eni) in ready() {
+            // The primary's come by `main`, after all rules of ours.
+            let is_before =
+                |rule: &&&Rule| rule.priority < policy::table(config, eni.slot) || *other == attached.primary;
             for source in eni.all_sources() {
                 let mut captured = captures.iter().filter(is_before).filter_map(|rule| rule.from);
-                if held.iter().any(|held| !is_its_rule(held) && (held.contains(&source) || source.contains(held))) {
+                if held.iter().any(|held| held.contains(&source) || source.contains(held)) {
                     dispute(*other, source, mac, Claim::Has);
                 } else if captured.any(|from| from.contains(&source)) {
-                    dispute(*other, source, mac, Claim::Captures);
+                    dispute(*other, source, mac, if is_left_alone { Claim::LeftAlone } else { Claim::Captures });
                 }
             }
         }
@@ -191,6 +208,24 @@ pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Confi
         let (ours, of_others) = (preferred(true), preferred(false));
         let is_first = eni.ipv6s.first().is_some_and(|first| ours.contains(first) || of_others.contains(first));
         eni.prefers = ours.first().or(of_others.first()).copied().filter(|_| !is_first);
+    }
+}
+
+/// Where the primary has come to have a family, `main` may have no default for it yet: as long as nobody has given it one, what has stood
+/// in for it stays.
+pub fn keep_defaults(attached: &mut Attached, observed: &Observed, config: &Config) {
+    let is_default = |route: &Route, family: Family| {
+        (route.table, route.destination, &route.kind) == (policy::MAIN_TABLE, family.everything(), &RouteKind::Unicast)
+    };
+    for family in Family::BOTH {
+        let in_main = observed.routes.iter().filter(|(_, route)| is_default(route, family));
+        let (ours, of_others): (Vec<_>, Vec<_>) = in_main.partition(|(_, route)| policy::owns_route(config, route));
+        let links = ours.into_iter().filter_map(|(index, _)| observed.links.get(&index?));
+        for mac in links.filter(|_| of_others.is_empty()).filter_map(|link| link.mac) {
+            if let Some(eni) = attached.ready.get_mut(&mac) {
+                eni.stands_in.insert(family);
+            }
+        }
     }
 }
 

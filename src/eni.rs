@@ -52,6 +52,8 @@ pub struct Eni {
     /// The IPv6 address from which unbound sockets talk, when the kernel has one already; else it is the first. Metadata may name them
     /// in another order, or lack one for a moment.
     pub prefers: Option<Ipv6Addr>,
+    /// Families of which it has the only default in `main`, by us.
+    pub stands_in: BTreeSet<Family>,
 }
 
 impl Eni {
@@ -187,6 +189,8 @@ pub enum Claim {
     Has,
     /// Rules of that one, of which metadata does not tell all, go before.
     Captures,
+    /// Rules of ours go before that are that one's, which is left alone with all it has.
+    LeftAlone,
     /// It was that one's a moment ago, and it is not proven that it is no more.
     Keeps,
     /// That one is the primary, and has it: by it people are connected.
@@ -210,6 +214,10 @@ impl fmt::Display for Dispute {
             Claim::Given => write!(f, "{}", self.clash())?,
             Claim::Has => write!(f, "{source} overlaps what {by} has, of which metadata does not tell all")?,
             Claim::Captures => write!(f, "rules of {by}, of which metadata does not tell all, go before {source}'s")?,
+            Claim::LeftAlone => write!(
+                f,
+                "rules of {by}, which is left alone now, go before {source}'s; `eniup release --eni {by}` takes them away"
+            )?,
             Claim::Keeps => {
                 write!(f, "{source} overlaps what was {by}'s a moment ago, and that is not proven to be over")?
             }
@@ -241,6 +249,8 @@ pub enum Reason {
     Gone { clash: String },
     /// It is not listed any more, and its link is still here.
     Unproven,
+    /// What it has is not of the subnets that metadata names.
+    Renumbered,
     /// A key could not be read; says nothing of its value.
     Unknown { key: String, why: String },
     /// The configuration tells ENIs apart by what metadata does not tell of this one.
@@ -262,6 +272,7 @@ impl Reason {
             | Reason::Disputed(_)
             | Reason::Gone { .. }
             | Reason::Unproven
+            | Reason::Renumbered
             | Reason::Undecided { .. }
             | Reason::Unknown { .. } => true,
             Reason::NoTags { .. } | Reason::Invalid { .. } => false,
@@ -286,6 +297,9 @@ impl fmt::Display for Reason {
                 write!(f, "no link here has its MAC, so others go before it, as it may be detached by now: {clash}")
             }
             Reason::Unproven => write!(f, "metadata does not list it any more, but its link is still here"),
+            Reason::Renumbered => {
+                write!(f, "what it has is of another subnet than metadata names, and that is not proven to be over")
+            }
             Reason::Undecided { by } => {
                 write!(f, "metadata does not tell yet what decides whether {by} means it")
             }

@@ -44,7 +44,9 @@ impl Own {
             known.iter().any(|subnet| subnet.contains(prefix))
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
-        let leads_here = |rule: &&Rule| policy::owns_rule(config, rule) && tables.contains(&rule.table);
+        let leads_here = |rule: &&Rule| {
+            policy::owns_rule(config, rule) && !policy::is_of_prefix(rule) && tables.contains(&rule.table)
+        };
         let is_served = |address: &IpAddr| {
             let mut from = observed.rules.iter().filter(leads_here).filter_map(|rule| rule.from);
             from.any(|from| from.contains(address))
@@ -76,10 +78,10 @@ impl Own {
     }
 
     /// The ENI as one that keeps all it has.
-    pub fn pending(&self, link: &Link) -> Pending {
+    pub fn pending(&self, link: &Link, reason: Reason) -> Pending {
         Pending {
             id: link.altnames.iter().find(|name| name.starts_with("eni-")).cloned(),
-            reason: Reason::Unproven,
+            reason,
             sources: Some(self.sources.union(&self.served).copied().collect()),
             subnets: self.subnets.iter().copied().collect(),
         }
@@ -126,7 +128,7 @@ pub fn stay_with(attached: &mut Attached, mac: MacAddr, stay: Vec<IpNet>, own: &
     };
     if stay.iter().any(is_of_no_subnet) {
         attached.ready.remove(&mac);
-        attached.pending.insert(mac, own.pending(link));
+        attached.pending.insert(mac, own.pending(link, Reason::Renumbered));
         return;
     }
     stay.into_iter().for_each(|source| put_back(eni, source, own));

@@ -572,6 +572,7 @@ impl Reader<'_> {
             of_others: BTreeSet::new(),
             distributions: None,
             prefers: None,
+            stands_in: BTreeSet::new(),
         };
         // In a subnet with IPv4 every ENI has an IPv4 address (but an EFA-only one, which has none at all, and is no
         // primary): it is on its way, or a stale read has lost it.

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, show_source};
+use crate::eni::{Attached, Reason, show_source};
 use crate::holdings::{Own, has_twin, keep_from_others, stay_with};
 use crate::net::{HasFamily, Link, MacAddr, Observed};
 use crate::policy;
@@ -116,7 +116,7 @@ pub fn judge(
         } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
             let lost = Lost { mac, source: None };
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
-                judgement.attached.pending.insert(mac, own.pending(link));
+                judgement.attached.pending.insert(mac, own.pending(link, Reason::Unproven));
             }
         }
     }

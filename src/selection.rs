@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::{held, leave_to_pending, prefer_as_is};
+use crate::doubt::{held, keep_defaults, leave_to_pending, prefer_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
@@ -17,9 +17,10 @@ use crate::policy;
 
 /// The attached ENIs with those set aside that are to be left alone, or may be.
 pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Files, config: &Config) -> Attached {
-    // Before anything else: an ENI that is to be left alone has what it has, too.
-    let attached = &leave_to_pending(attached, observed, config);
     let network = container_network(files, observed);
+    let left_alone = left_alone(attached, network.as_ref(), tree, observed, config);
+    // Before anything else: an ENI that is to be left alone has what it has, too.
+    let attached = &leave_to_pending(attached, &left_alone, observed, config);
     // The machine stands on the primary, of which a container network has addresses only.
     let is_primary = |mac: &MacAddr| *mac == attached.primary;
     let has_attached = |mac: &MacAddr| network.as_ref().filter(|_| !is_primary(mac));
@@ -71,7 +72,25 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     // By what is selected in the end.
     selected.held = held(&selected, observed, config);
     prefer_as_is(&mut selected, observed, config);
+    keep_defaults(&mut selected, observed, config);
     selected
+}
+
+/// The ENIs of which it is sure that they are to be left alone.
+fn left_alone(
+    attached: &Attached,
+    network: Option<&ContainerNetwork>,
+    tree: &Tree,
+    observed: &Observed,
+    config: &Config,
+) -> BTreeSet<MacAddr> {
+    let ready = attached.ready.iter().map(|(mac, eni)| (*mac, Some(&eni.id), Some(eni)));
+    let pending = attached.pending.iter().map(|(mac, pending)| (*mac, pending.id.as_ref(), None));
+    let is_ignored = |(mac, id, eni): &(MacAddr, Option<&String>, Option<&Eni>)| {
+        let network = network.filter(|_| *mac != attached.primary);
+        matches!(verdict(&facts(*mac, *id, *eni, tree, observed), network, config), Verdict::Ignored { .. })
+    };
+    ready.chain(pending).filter(is_ignored).map(|(mac, _, _)| mac).collect()
 }
 
 /// The links that are to be left alone by what the kernel alone tells of them: where the ENI's metadata would have to be

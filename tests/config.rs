@@ -712,6 +712,48 @@ fn an_eni_that_comes_to_be_ignored_keeps_what_it_has_until_it_is_released_by_nam
     });
 }
 
+/// Aggregated rules also cover what nobody had when they were made.
+#[test]
+fn what_rules_of_an_eni_that_comes_to_be_ignored_take_is_given_to_nobody() {
+    inside(|| {
+        for (holder, list) in [(3, "10.0.1.40\n10.0.1.23"), (1, "10.0.1.10\n10.0.1.23")] {
+            with_scenario("three-enis-of-which-two-share", |machine| {
+                let key = |n: u8, key: &str| format!("network/interfaces/macs/02:00:00:00:00:0{n}/{key}");
+                let mut leaves = read_leaves(&scenario("three-enis-of-which-two-share")?.folder.join("metadata.json"))?;
+                // All three share, and the second has what an aggregated rule is made for.
+                leaves.insert(key(1, "local-ipv4s"), "10.0.1.10".into());
+                leaves.insert(key(1, "subnet-ipv4-cidr-block"), "10.0.1.0/24".into());
+                leaves.insert(key(2, "local-ipv4s"), "10.0.1.20\n10.0.1.21".into());
+                leaves.insert(key(2, "interface-id"), "eni-0123456789abcdef2".into());
+                leaves.insert(key(3, "local-ipv4s"), "10.0.1.40".into());
+                ip("addr flush dev eth01")?;
+                ip("addr add 10.0.1.10/24 dev eth01")?;
+                machine.publish(leaves.clone());
+                machine.reconcile(0)?;
+                ensure!(ip("rule show")?.contains("20001:\tfrom 10.0.1.16/28"), "{}", ip("rule show")?);
+                let file = write(machine, "[[ignore]]\nid = 'eni-0123456789abcdef2'\n")?;
+                leaves.insert(key(holder, "local-ipv4s"), list.into());
+                machine.publish(leaves);
+                for verb in ["reconcile --automatic", "reconcile"] {
+                    let run = machine.eniup(&format!("{verb} --timeout 300ms --config {file}"))?;
+                    let words = "rules of eni-0123456789abcdef2, which is left alone now, go before 10.0.1.23's";
+                    ensure!(run.exit == 3 && run.stderr.contains(words), "{holder}: {}: {}", run.exit, run.stderr);
+                    ensure!(!ip("addr show")?.contains("10.0.1.23/"), "{holder}: a link has it");
+                }
+                ensure!(machine.eniup("release --eni eni-0123456789abcdef2")?.exit == 0);
+                let run = machine.eniup(&format!("reconcile --config {file}"))?;
+                ensure!(
+                    run.exit == 0 && ip(&format!("addr show eth0{holder}"))?.contains("10.0.1.23/"),
+                    "{}",
+                    run.stderr
+                );
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn an_address_of_an_eni_that_comes_to_be_ignored_still_reaches_containers() {
     inside(|| {

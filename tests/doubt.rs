@@ -679,6 +679,34 @@ fn what_unbound_sockets_talk_from_is_not_changed_by_one_read() {
     });
 }
 
+/// The primary has no IPv6, so what unbound sockets send leaves by ENI 2. Metadata gives the primary IPv6, and nothing on the machine
+/// makes a default of that.
+#[test]
+fn the_only_default_of_a_family_stays_until_main_has_another() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            let mut leaves = told(SHARED)?;
+            leaves.insert(path(2, "ipv6s"), "2600:1f16::20".into());
+            leaves.insert(path(2, "subnet-ipv6-cidr-blocks"), "2600:1f16::/64".into());
+            machine.publish(leaves.clone());
+            machine.reconcile(0)?;
+            let default = || ip("-6 route show default");
+            ensure!(default()?.contains("dev eth02"), "{}", default()?);
+            leaves.insert(path(1, "ipv6s"), "2600:1f16:0:1::10".into());
+            leaves.insert(path(1, "subnet-ipv6-cidr-blocks"), "2600:1f16:0:1::/64".into());
+            machine.publish(leaves);
+            for verb in ["reconcile --automatic", "reconcile"] {
+                let run = machine.eniup(verb)?;
+                ensure!(run.exit == 0 && default()?.contains("dev eth02"), "{verb}: {}: {}", run.exit, run.stderr);
+            }
+            ip("-6 route add default via fe80::1 dev eth01 metric 1024 proto ra")?;
+            machine.reconcile(0)?;
+            ensure!(!default()?.contains("dev eth02"), "{}", default()?);
+            machine.assert_settled()
+        })
+    });
+}
+
 /// It may have gone to the one of which metadata does not tell all.
 #[test]
 fn nothing_is_taken_away_while_an_eni_may_be_given_it() {

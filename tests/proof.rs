@@ -244,7 +244,8 @@ fn an_address_that_stays_for_want_of_proof_works_though_its_subnet_is_not_told()
                 told.extend(lie.map(|(key, value)| (of_second(key), value.to_string())));
                 machine.publish(told);
                 let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
-                ensure!(run.exit == 0 && run.stderr.contains("stays"), "exit {}: {}", run.exit, run.stderr);
+                let words = "eni-02 is pending: what it has is of another subnet";
+                ensure!(run.exit == 3 && run.stderr.contains(words), "exit {}: {}", run.exit, run.stderr);
                 let difference = difference(&before, &settled_dump()?);
                 ensure!(difference.is_empty(), "{lie:?}:\n{difference}{}", run.stderr);
                 age_notes(machine, PROOF_PAUSE)?;

@@ -215,6 +215,7 @@ impl Shape {
             of_others: BTreeSet::new(),
             distributions: None,
             prefers: None,
+            stands_in: Default::default(),
         };
         if let (true, IpAddr::V4(address)) = (has_ipv4, host(subnet, Family::V4, number)) {
             eni.ipv4s.push(address);
