@@ -31,9 +31,25 @@ pub fn leave_to_pending(
             leave_where_it_is(&mut attached, observed, config);
             return attached;
         }
+        leave_tables(&mut attached, &unseen, observed, config);
         let conflicts = conflicts_with(&unseen, &attached, left_alone, observed, config);
         attached.leave_disputed(conflicts);
         seen.extend(unseen);
+    }
+}
+
+/// A table in which a pending ENI has its routes is no other's: metadata may be stale that gives its slot to another one.
+fn leave_tables(attached: &mut Attached, keepers: &BTreeSet<MacAddr>, observed: &Observed, config: &Config) {
+    for link in observed.links.values().filter(|link| policy::can_be_eni(link)) {
+        let is_pending = |mac: &MacAddr| keepers.contains(mac) && attached.pending.contains_key(mac);
+        let Some(keeper) = link.mac.filter(is_pending) else { continue };
+        let by = attached.name_of(keeper);
+        let tables: BTreeSet<u32> = routes_of(link, observed, config).map(|route| route.table).collect();
+        let has_come = |(_, eni): &(&MacAddr, &Eni)| tables.contains(&policy::table(config, eni.slot));
+        let come = attached.ready.iter().filter(has_come).map(|(mac, eni)| (*mac, eni.slot)).collect::<Vec<_>>();
+        for (mac, slot) in come {
+            attached.set_aside(mac, Reason::SlotTaken { slot, by: by.clone() });
+        }
     }
 }
 
@@ -266,7 +282,7 @@ fn leave_where_it_is(attached: &mut Attached, observed: &Observed, config: &Conf
             let is_given = attached.ready.values().any(|eni| eni.has(source));
             may_be_given(source) && !is_given && !has_dispute(attached, mac, source)
         };
-        let stay: Vec<IpNet> = own.at_stake(eni).filter(|source| is_left(&source)).collect();
+        let stay: Vec<IpNet> = own.at_stake(eni).iter().filter(is_left).copied().collect();
         keep_from_others(attached, &stay, mac);
         stay_with(attached, mac, stay, &own, link);
     }

@@ -63,14 +63,15 @@ impl Own {
 
     /// What would go, or lose its way, if the ENI had no more than this. What somebody else has put on the link keeps its way beside any
     /// other address of its subnet.
-    pub fn at_stake(&self, eni: &Eni) -> impl Iterator<Item = IpNet> {
+    pub fn at_stake(&self, eni: &Eni) -> BTreeSet<IpNet> {
         let is_beside_another = |source: &&IpNet| {
             let family = source.family();
             let addresses = eni.addresses(family);
             let mut subnets = eni.subnets(family).into_iter().filter(|subnet| subnet.contains(*source));
             subnets.any(|subnet| addresses.iter().any(|address| subnet.contains(address)))
         };
-        self.sources.iter().chain(self.served.iter().filter(move |source| !is_beside_another(source))).copied()
+        let served = self.served.iter().filter(|source| !is_beside_another(source));
+        self.sources.iter().chain(served).copied().collect()
     }
 
     pub fn is_empty(&self) -> bool {

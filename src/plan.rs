@@ -458,7 +458,7 @@ impl Unwanted<'_> {
             }
         }
         for (index, route) in self.observed.routes.iter().filter(|key| !keep.routes.contains(key)) {
-            if policy::owns_route(self.config, route) && self.route_may_go(*index, route) {
+            if policy::owns_route(self.config, route) && self.route_may_go(*index, route, keep) {
                 let operation =
                     Operation::DeleteRoute { link: index.map(|index| self.reference(index)), route: *route };
                 steps.push(self.step(self.eni_of_table(route.table), operation, "no ENI needs it"));
@@ -514,16 +514,16 @@ impl Unwanted<'_> {
         let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority;
         let is_not_its = |eni: &DesiredEni| eni.is_whole && (self.is_complete() || !is_within_subnet_rule(rule, eni));
         let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(is_not_its);
-        let is_proven = self.is_complete() || self.is_link_gone(rule.table);
+        let is_proven = self.is_complete() || self.is_link_gone(rule.table, keep);
         is_own || is_proven && !self.is_table_in_trouble(rule.table) || self.is_in_the_way(rule, keep)
     }
 
-    fn route_may_go(&self, index: Option<u32>, route: &Route) -> bool {
+    fn route_may_go(&self, index: Option<u32>, route: &Route, keep: &Keep) -> bool {
         let is_of_trouble = index
             .and_then(|index| self.observed.links.get(&index)?.mac)
             .is_some_and(|mac| self.is_in_trouble(mac) || self.desired.pending.contains(&mac));
         let is_own = self.eni_of_table(route.table).is_some_and(|eni| eni.is_whole && eni.link != DesiredLink::Left);
-        let is_proven = self.is_complete() || self.is_link_gone(route.table);
+        let is_proven = self.is_complete() || self.is_link_gone(route.table, keep);
         !is_of_trouble && (is_own || is_proven && !self.is_table_in_trouble(route.table))
     }
 
@@ -559,10 +559,11 @@ impl Unwanted<'_> {
     /// Whether this is a table of an ENI whose link has left the machine: no route by any link is in its tables, and its
     /// rule for bound sockets names a link that is not here, or no rule leads to them any more. Its rules lead nowhere, and
     /// one for a whole subnet would cut off another ENI that has come into that subnet.
-    fn is_link_gone(&self, table: u32) -> bool {
+    fn is_link_gone(&self, table: u32, keep: &Keep) -> bool {
         let tables = self.tables_with(table);
         let mut rules = self.observed.rules.iter();
-        let has_rule = rules.any(|rule| tables.contains(&rule.table) && policy::owns_rule(self.config, rule));
+        let stays = |rule: &Rule| policy::owns_rule(self.config, rule) && !self.is_in_the_way(rule, keep);
+        let has_rule = rules.any(|rule| tables.contains(&rule.table) && stays(rule));
         let mut names = self.observed.rules.iter().filter_map(|rule| self.bound_to(rule, tables[0])).peekable();
         // A name that another ENI's link has by now says nothing.
         let is_others = |link: &Link| self.eni_of_link(link.index).is_some();

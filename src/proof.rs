@@ -106,7 +106,7 @@ pub fn judge(
         let own = Own::on(link, attached.ready.get(&mac), observed, config);
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
-            let lost = own.at_stake(eni).filter(|source| !eni.has(source));
+            let lost = own.at_stake(eni).into_iter().filter(|source| !eni.has(source));
             let lost = lost.filter(|source| !is_anybodys(source, ours, &links, observed) || has_just_arrived(source));
             let stay: Vec<IpNet> = lost
                 .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))

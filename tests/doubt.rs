@@ -10,7 +10,10 @@ use anyhow::{Context, Result, ensure};
 use eniup::metadata::eni_directory;
 use eniup::net::MacAddr;
 use eniup::policy::{ARRIVAL_DOUBT, PROOF_PAUSE};
-use support::machine::{Machine, age_arrivals, age_notes, inside, ip, read_leaves, scenario, with_scenario};
+use support::machine::{
+    Machine, age_arrivals, age_notes, difference, inside, ip, read_leaves, scenario, with_scenario,
+};
+use support::moments::settled_dump;
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
 /// Two secondary ENIs, 2 and 3, in one subnet, `10.0.1.0/24`.
@@ -674,6 +677,31 @@ fn what_unbound_sockets_talk_from_is_not_changed_by_one_read() {
                 machine.assert_settled()
             })
             .with_context(|| format!("{of_second:?}, {of_third:?}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// A read of before the two were attached the other way round, while the other one cannot be read.
+#[test]
+fn the_table_of_an_eni_that_cannot_be_read_is_no_others() {
+    inside(|| {
+        for verb in ["reconcile --automatic --timeout 2s", "reconcile --timeout 2s"] {
+            with_scenario(SHARED, |machine| {
+                machine.reconcile(0)?;
+                let mut stale = told(SHARED)?;
+                stale.insert(path(3, "device-number"), "1".into());
+                machine.publish(stale);
+                fail(machine, &path(2, "local-ipv4s"));
+                let before = settled_dump()?;
+                let run = machine.eniup(verb)?;
+                let said = "eni-03 is pending: it has network card and device number 0/1, and so has eni-02";
+                ensure!(run.exit == 3 && run.stderr.contains(said), "{}: {}", run.exit, run.stderr);
+                let difference = difference(&before, &settled_dump()?);
+                ensure!(difference.is_empty(), "changed:\n{difference}");
+                Ok(())
+            })
+            .with_context(|| verb)?;
         }
         Ok(())
     });
