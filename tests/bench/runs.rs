@@ -106,19 +106,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-const WHOLE: [Size; 11] = [
-    Size::ipv4(1, 1),
-    Size::ipv4(1, 10),
-    Size::ipv4(1, 50),
-    Size::ipv4(4, 10),
-    Size::ipv4(15, 10),
-    Size::ipv4(15, 50),
-    Size::dual_stack(15, 50),
-    Size::ipv4(24, 50),
-    Size::ipv4(64, 50),
-    Size::ipv4(80, 50),
-    Size::dual_stack(80, 10),
-];
+/// Every number of ENIs with every number of addresses each, of one family and of both.
+fn whole_sizes() -> impl Iterator<Item = Size> {
+    let sizes = [1, 4, 15, 24, 64, 80].into_iter().flat_map(|enis| [1, 10, 50].map(|addresses| (enis, addresses)));
+    sizes.flat_map(|(enis, addresses)| [Size::ipv4(enis, addresses), Size::dual_stack(enis, addresses)])
+}
 
 fn whole(runs: usize) -> Result<Section> {
     let mut section = Section::new(
@@ -136,7 +128,7 @@ fn whole(runs: usize) -> Result<Section> {
             "requests",
         ],
     );
-    for size in WHOLE {
+    for size in whole_sizes() {
         eprintln!("whole runs, {size}");
         let instance = Instance::new(size)?;
         let objects = instance.objects()?;
