@@ -295,7 +295,7 @@ fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family)
     is_missing && with_family.min_by_key(|(_, eni)| eni.slot).is_some_and(|(first, _)| *first == mac)
 }
 
-/// Whether this ENI has the only default of a family that the primary ENI has come to have.
+/// Whether this ENI has the only default of a family that the primary ENI has come to have, without proof yet.
 fn still_stands_in(attached: &Attached, mac: MacAddr, family: Family) -> bool {
     let has_come = attached.primary_eni().is_some_and(|primary| !primary.addresses(family).is_empty());
     let stands_in = attached.ready.get(&mac).is_some_and(|eni| eni.stands_in.contains(&family));

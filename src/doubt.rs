@@ -227,24 +227,6 @@ pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Confi
     }
 }
 
-/// Where the primary has come to have a family, `main` may have no default for it yet: as long as nobody has given it one, what has stood
-/// in for it stays.
-pub fn keep_defaults(attached: &mut Attached, observed: &Observed, config: &Config) {
-    let is_default = |route: &Route, family: Family| {
-        (route.table, route.destination, &route.kind) == (policy::MAIN_TABLE, family.everything(), &RouteKind::Unicast)
-    };
-    for family in Family::BOTH {
-        let in_main = observed.routes.iter().filter(|(_, route)| is_default(route, family));
-        let (ours, of_others): (Vec<_>, Vec<_>) = in_main.partition(|(_, route)| policy::owns_route(config, route));
-        let links = ours.into_iter().filter_map(|(index, _)| observed.links.get(&index?));
-        for mac in links.filter(|_| of_others.is_empty()).filter_map(|link| link.mac) {
-            if let Some(eni) = attached.ready.get_mut(&mac) {
-                eni.stands_in.insert(family);
-            }
-        }
-    }
-}
-
 /// To which `main` leads by links that are no ENIs', each alone.
 fn addresses_of_containers(attached: &Attached, observed: &Observed) -> BTreeSet<IpNet> {
     let is_enis = |mac: MacAddr| attached.ready.contains_key(&mac) || attached.pending.contains_key(&mac);

@@ -52,7 +52,7 @@ pub struct Eni {
     /// The IPv6 address from which unbound sockets talk, when the kernel has one already; else it is the first. Metadata may name them
     /// in another order, or lack one for a moment.
     pub prefers: Option<Ipv6Addr>,
-    /// Families of which it has the only default in `main`, by us.
+    /// Families whose only default in `main` is by it and ours, and stays for want of proof that the primary has them.
     pub stands_in: BTreeSet<Family>,
 }
 

@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::eni::{Attached, Reason, show_source};
 use crate::holdings::{Own, has_twin, keep_from_others, stay_with};
-use crate::net::{HasFamily, Link, MacAddr, Observed};
+use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind};
 use crate::policy;
 
-/// Something of ours in the kernel that metadata does not tell of: an address or delegated prefix of an attached ENI, or
-/// all of an ENI whose link is still here.
+/// Something of ours in the kernel that metadata does not tell of: an address or delegated prefix of an attached ENI, its default in `main`
+/// (as the prefix of length 0), or all of an ENI whose link is still here.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Lost {
     pub mac: MacAddr,
@@ -29,6 +29,7 @@ pub struct Lost {
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match &self.source {
+            Some(source) if source.prefix_len() == 0 => write!(f, "the default in main by ENI {}", self.mac),
             Some(source) => write!(f, "{} of ENI {}", show_source(source), self.mac),
             None => write!(f, "ENI {}, whose link is still here", self.mac),
         }
@@ -120,7 +121,31 @@ pub fn judge(
             }
         }
     }
+    for (mac, family) in only_defaults(observed, config) {
+        // Where the primary has none of the family, the default is wanted.
+        let has_come = attached.primary_eni().is_some_and(|primary| !primary.addresses(family).is_empty());
+        let lost = Lost { mac, source: Some(family.everything()) };
+        let is_told = !attached.disputes.contains_key(&attached.primary);
+        if has_come && attached.ready.contains_key(&mac) && !judgement.is_proven(lost, is_told, known, taken) {
+            judgement.attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
+        }
+    }
     judgement
+}
+
+/// The ENIs by whose link `main` has its only default of a family, and that is ours.
+fn only_defaults(observed: &Observed, config: &Config) -> Vec<(MacAddr, Family)> {
+    let of_family = |family: Family| {
+        let is_default = move |route: &Route| {
+            let is_unicast = route.kind == RouteKind::Unicast;
+            is_unicast && (route.table, route.destination) == (policy::MAIN_TABLE, family.everything())
+        };
+        let in_main = observed.routes.iter().filter(|(_, route)| is_default(route));
+        let (ours, of_others): (Vec<_>, Vec<_>) = in_main.partition(|(_, route)| policy::owns_route(config, route));
+        let links = ours.into_iter().filter_map(|(index, _)| observed.links.get(&index?));
+        links.filter(|_| of_others.is_empty()).filter_map(|link| Some((link.mac?, family))).collect::<Vec<_>>()
+    };
+    Family::BOTH.into_iter().flat_map(of_family).collect()
 }
 
 impl Notes {

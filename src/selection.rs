@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::{held, keep_defaults, leave_to_pending, prefer_as_is};
+use crate::doubt::{held, leave_to_pending, prefer_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
@@ -72,7 +72,6 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     // By what is selected in the end.
     selected.held = held(&selected, observed, config);
     prefer_as_is(&mut selected, observed, config);
-    keep_defaults(&mut selected, observed, config);
     selected
 }
 

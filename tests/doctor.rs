@@ -313,7 +313,7 @@ fn each_trouble_with_metadata_has_its_own_remedy() {
                 (always("mac", Action::Body("<html>".into())), "a page", "take the proxy or portal out of the way"),
             ] {
                 machine.service.set_faults(Faults { rules: vec![rule.clone()], ..Faults::default() });
-                let check = look_for(machine, "D-IMDS", "--timeout 500ms")?;
+                let check = look_for(machine, "D-IMDS", "--timeout 1s")?;
                 assert_finds(&check, "fail", &[evidence], fix).with_context(|| format!("{rule:?}"))?;
             }
             // What builds on it is not called right.
