@@ -302,12 +302,17 @@ fn processes_with(mark: &str) -> Vec<u32> {
     of_number.filter(has_mark).collect()
 }
 
+/// Waits until a process with this mark is seen: while it executes another program, the kernel shows no environment.
+fn wait_for_a_process_with(mark: &str) {
+    wait_for("a process with the mark", || Ok(!processes_with(mark).is_empty())).unwrap();
+}
+
 #[test]
 fn nothing_is_left_when_a_lab_is_killed_in_the_middle() {
     let mark = format!("LAB_TEST_MARK={}-{:?}", std::process::id(), std::thread::current().id());
     let lines = format!("run web env {mark} sh -c 'echo started; exec sleep 600'\n");
     let mut child = started(&lines, "started").unwrap();
-    assert_ne!(processes_with(&mark), Vec::<u32>::new());
+    wait_for_a_process_with(&mark);
     let inside = children_of(child.id());
     assert_eq!(inside.len(), 1);
     child.kill().unwrap();
@@ -324,7 +329,7 @@ fn what_a_program_leaves_behind_ends_with_the_lab() {
     let mark = format!("LAB_TEST_MARK={}-{:?}", std::process::id(), std::thread::current().id());
     let lines = format!("run web env {mark} sh -c 'sleep 600 >/dev/null 2>&1 </dev/null &'\nrun web echo started\n");
     let mut child = started(&lines, "started").unwrap();
-    assert_ne!(processes_with(&mark), Vec::<u32>::new());
+    wait_for_a_process_with(&mark);
     drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
     wait_for("the end of all its processes", || Ok(processes_with(&mark).is_empty())).unwrap();
