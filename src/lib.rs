@@ -43,6 +43,7 @@ pub mod policy;
 pub mod precedence;
 pub mod proof;
 pub mod readiness;
+pub mod reading;
 pub mod reconcile;
 pub mod release;
 pub mod report;

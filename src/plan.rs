@@ -248,6 +248,13 @@ impl Plan {
         config: &Config,
     ) {
         let is_possible = |family: Family| observed.can_have(link, family);
+        let has_ipv6 = eni.addresses.iter().any(|address| address.object.net.family() == Family::V6);
+        if has_ipv6 && observed.has_ipv6 && !is_possible(Family::V6) {
+            let (id, name) = (&eni.id, &link.name);
+            self.notes.push(format!(
+                "IPv6 is turned off on {name} (net.ipv6.conf.{name}.disable_ipv6 is 1): the IPv6 addresses of {id} are not put there"
+            ));
+        }
         let routes = eni.routes.iter().filter(|route| is_possible(route.object.destination.family()));
         for route in routes.filter(|route| !is_place_kept(&route.object, desired, observed)) {
             self.want_route(eni, link, route, observed, keep);

@@ -19,7 +19,8 @@ use crate::ledger::{self, Writing};
 use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
-use crate::reconcile::{self, Options, Reading};
+use crate::reading::{Reading, since_boot};
+use crate::reconcile::{self, Options};
 use crate::report::{self, Exit, Remark, Report};
 use crate::service::Service;
 
@@ -513,7 +514,7 @@ fn cpu_time() -> Duration {
 
 /// `CLOCK_MONOTONIC` as systemd wants it, as near as `/proc/uptime` has it.
 fn since_boot_in_microseconds() -> u64 {
-    reconcile::since_boot().map_or(0, |milliseconds| milliseconds * 1000)
+    since_boot().map_or(0, |milliseconds| milliseconds * 1000)
 }
 
 struct Signals {

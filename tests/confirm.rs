@@ -21,7 +21,7 @@ use eniup::ledger;
 use eniup::net::Observed;
 use eniup::netlink::apply::Outcome;
 use eniup::plan::{Plan, Step, plan};
-use eniup::reconcile::since_boot;
+use eniup::reading::since_boot;
 use eniup::rollback::{Before, rollback};
 use eniup::trial::Trial;
 use generated::{Host, others, vpc};

@@ -513,6 +513,9 @@ fn what_metadata_gives_to_an_eni_that_cannot_have_it_stays_where_it_is() {
                 let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
                 ensure!(run.exit == 3 && run.stderr.contains("eni-03"), "{}: {}", run.exit, run.stderr);
                 ensure!(ip("addr show eth02")?.contains(address), "{address} is gone: {}", run.stderr);
+                let by_hand = machine.eniup("reconcile --timeout 300ms")?;
+                let is_told = by_hand.stderr.contains("IPv6 is turned off on eth03");
+                ensure!(is_told != is_port, "{}: {}", by_hand.exit, by_hand.stderr);
                 Ok(())
             })?;
         }

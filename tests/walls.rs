@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 51] = [
+const FLOW: [&str; 52] = [
     "net",
     "config",
     "eni",
@@ -46,6 +46,7 @@ const FLOW: [&str; 51] = [
     "lock",
     "netlink",
     "snapshot_file",
+    "reading",
     "reconcile",
     "confirm",
     "fights",
