@@ -47,6 +47,8 @@ pub struct DesiredEni {
     /// In the order in which they are to be added: a gateway after the route by which it is reached.
     pub routes: Vec<Wanted<Route>>,
     pub rules: Vec<Wanted<Rule>>,
+    /// Of the primary: what all its traffic would be led to its table by; it is wanted for some destinations only.
+    pub narrowed: Vec<Rule>,
     /// Families for which a socket bound to the link finds its way by the ENI's table.
     pub bound_families: Vec<Family>,
     /// Whether all that metadata gives it is desired; if not (a dispute), nothing of what is there may be removed.
@@ -76,7 +78,8 @@ struct Machine<'a> {
 /// What the kernel should have, from metadata and configuration alone.
 pub fn desired(attached: &Attached, config: &Config) -> Desired {
     let machine = Machine { attached, config, sources: Sources::of(attached) };
-    let has_secondary = attached.ready.keys().any(|mac| *mac != attached.primary);
+    let is_beside_others =
+        attached.ready.keys().any(|mac| *mac != attached.primary) || !attached.earlier_subnets.is_empty();
     let mut desired = Desired {
         enis: BTreeMap::new(),
         rules: Vec::new(),
@@ -84,12 +87,17 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         left_alone: attached.ignored.keys().chain(&attached.undecided).copied().collect(),
         is_complete: attached.is_complete(),
     };
-    if !has_secondary {
+    if !is_beside_others {
         // One ENI alone needs no policy routing: only its missing secondary addresses.
         if let Some(primary) = attached.primary_eni() {
             desired.enis.insert(
                 attached.primary,
-                DesiredEni { routes: Vec::new(), rules: Vec::new(), ..primary_eni(&machine, primary) },
+                DesiredEni {
+                    routes: Vec::new(),
+                    rules: Vec::new(),
+                    narrowed: Vec::new(),
+                    ..primary_eni(&machine, primary)
+                },
             );
         }
         return desired;
@@ -116,20 +124,20 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
     let table = policy::table(config, eni.slot);
     let mut routes = Vec::new();
     let mut rules = Vec::new();
-    for family in Family::BOTH {
-        let subnets = other_subnets(attached, family);
-        if !eni.has_family(family) || subnets.is_empty() {
-            continue;
-        }
+    let mut narrowed = Vec::new();
+    for family in Family::BOTH.into_iter().filter(|family| eni.has_family(*family)) {
         routes.extend(table_routes(eni, family, table, config));
-        for source in sources_of_rules(machine, attached.primary, eni, family) {
-            for subnet in &subnets {
-                let rule =
-                    Rule { to: Some(*subnet), ..policy::source_rule(config, source.prefix, family, table, table) };
-                let reason = format!("{}'s own traffic to another ENI's subnet leaves by {}", eni.id, eni.id);
-                rules.push(wanted(rule, reason));
-            }
+        let sources = sources_of_rules(machine, attached.primary, eni, family);
+        let of_addresses =
+            sources.iter().map(|source| policy::source_rule(config, source.prefix, family, table, table));
+        let of_prefixes = eni.prefixes(family).into_iter().map(|prefix| policy::prefix_rule(config, prefix, table));
+        let of_family: Vec<Rule> = of_addresses.chain(of_prefixes).collect();
+        for subnet in other_subnets(attached, family) {
+            let reason = format!("{}'s own traffic to another ENI's subnet leaves by {}", eni.id, eni.id);
+            let to_subnet = of_family.iter().map(|rule| Rule { to: Some(subnet), ..rule.clone() });
+            rules.extend(to_subnet.map(|rule| wanted(rule, reason.clone())));
         }
+        narrowed.extend(of_family);
     }
     // One address of each family is the distribution's, by DHCP; metadata lists it first.
     let secondaries = Family::BOTH.into_iter().flat_map(|family| eni.addresses(family));
@@ -146,6 +154,7 @@ fn primary_eni(machine: &Machine, eni: &Eni) -> DesiredEni {
         addresses: addresses.collect(),
         routes,
         rules,
+        narrowed,
         bound_families: Vec::new(),
         is_whole: !attached.disputes.contains_key(&attached.primary),
         left_alone: eni.left_alone(),
@@ -188,6 +197,7 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
         addresses: addresses(eni, config),
         routes,
         rules,
+        narrowed: Vec::new(),
         bound_families: families.clone(),
         is_whole: !attached.disputes.contains_key(&mac),
         left_alone: eni.left_alone(),
@@ -316,8 +326,7 @@ fn source_rules(machine: &Machine, mac: MacAddr, eni: &Eni, family: Family) -> V
         rules.push(wanted(policy::source_rule(config, source.prefix, family, priority, table), reason));
     }
     for prefix in eni.prefixes(family) {
-        // No `iif lo`: these sources live in containers, their packets are forwarded.
-        let rule = Rule { from: Some(prefix), ..policy::rule(config, family, table, table) };
+        let rule = policy::prefix_rule(config, prefix, table);
         rules.push(wanted(rule, format!("traffic from delegated prefix {prefix} leaves by {}", eni.id)));
     }
     let last = rules.iter().filter_map(|rule| policy::last_rule(config, &rule.object));
@@ -441,7 +450,8 @@ fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
     let pending = pending.flat_map(|(_, pending)| of_family(&pending.subnets, family));
     let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
     let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));
-    ready.chain(pending).chain(ignored).collect()
+    let earlier = attached.earlier_subnets.iter().copied().filter(|subnet| subnet.family() == family);
+    ready.chain(pending).chain(ignored).chain(earlier).collect()
 }
 
 #[cfg(test)]

@@ -341,6 +341,8 @@ pub struct Attached {
     /// Addresses that links have and keep, whoever has put them there, each with the link's MAC: what is sent from them is no other
     /// ENI's, unless metadata says so.
     pub held: BTreeSet<(IpNet, Option<MacAddr>)>,
+    /// Subnets from which our rules keep the primary's traffic, though metadata does not name them now: it may not tell all.
+    pub earlier_subnets: BTreeSet<IpNet>,
     /// Entries of the configuration that mean none of these, and what that may come of.
     pub idle: Vec<String>,
 }
@@ -403,6 +405,17 @@ impl Attached {
     /// Whether the snapshot told all there is: only then does what it does not name not exist.
     pub fn is_complete(&self) -> bool {
         self.pending.is_empty() && self.disputes.is_empty() && self.malformed.is_empty()
+    }
+
+    /// The subnets of all that are ready or pending, as far as known.
+    pub fn all_subnets(&self) -> impl Iterator<Item = IpNet> {
+        let pending = self.pending.values().flat_map(|pending| pending.subnets.iter().copied());
+        self.ready.values().flat_map(Eni::all_subnets).chain(pending)
+    }
+
+    /// Every ENI that is attached, as far as known.
+    pub fn macs(&self) -> impl Iterator<Item = MacAddr> {
+        self.ready.keys().chain(self.pending.keys()).chain(self.ignored.keys()).copied()
     }
 
     /// The ENIs of which metadata may tell something else a moment later.

@@ -26,9 +26,16 @@ impl Own {
         let routes: Vec<&Route> = routes_of(link, observed, config).collect();
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
-        let is_prefix = |rule: &&Rule| {
-            policy::owns_rule(config, rule) && policy::is_of_prefix(rule) && tables.contains(&rule.table)
+        // Of the primary such a rule is for another ENI's subnet.
+        let is_narrow = |rule: &Rule| {
+            let is_first = (rule.table, rule.priority) == (config.table_base, config.table_base);
+            is_first && rule.to.is_some()
         };
+        let is_of_prefix = |rule: &Rule| {
+            policy::is_of_prefix(rule) || is_narrow(rule) && policy::is_of_prefix(&Rule { to: None, ..rule.clone() })
+        };
+        let is_prefix =
+            |rule: &&Rule| policy::owns_rule(config, rule) && is_of_prefix(rule) && tables.contains(&rule.table);
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         // An IPv6 table also has the link-local one, which is every link's.
         let in_tables = routes.iter().filter(is_subnet).map(|route| route.destination);
@@ -44,9 +51,8 @@ impl Own {
             known.iter().any(|subnet| subnet.contains(prefix))
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
-        let leads_here = |rule: &&Rule| {
-            policy::owns_rule(config, rule) && !policy::is_of_prefix(rule) && tables.contains(&rule.table)
-        };
+        let leads_here =
+            |rule: &&Rule| policy::owns_rule(config, rule) && !is_of_prefix(rule) && tables.contains(&rule.table);
         let is_served = |address: &IpAddr| {
             let mut from = observed.rules.iter().filter(leads_here).filter_map(|rule| rule.from);
             from.any(|from| from.contains(address))
@@ -93,6 +99,13 @@ impl Own {
 pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> impl Iterator<Item = &'a Route> {
     let on_link = observed.routes.iter().filter(move |(index, _)| *index == Some(link.index)).map(|(_, route)| route);
     on_link.filter(move |route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE)
+}
+
+/// The subnets of other ENIs to which our rules send the primary's traffic by its own table.
+pub fn kept_apart_from(primary: &Eni, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
+    let table = policy::table(config, primary.slot);
+    let is_narrow = |rule: &&Rule| policy::owns_rule(config, rule) && (rule.table, rule.priority) == (table, table);
+    observed.rules.iter().filter(is_narrow).filter_map(|rule| rule.to).collect()
 }
 
 /// Subnets of a prefix's family.

@@ -518,7 +518,7 @@ impl Unwanted<'_> {
     /// other ENIs' subnets, tables of ENIs that are not here) also from what all others have; but those before the guard
     /// rule from what was observed in `main`. What leads nowhere does not keep an address from its way.
     fn rule_may_go(&self, rule: &Rule, keep: &Keep) -> bool {
-        let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority;
+        let is_sure = rule.to.is_none() || rule.priority < self.config.guard_priority || self.takes_anothers(rule);
         let is_not_its = |eni: &DesiredEni| eni.is_whole && (self.is_complete() || !is_within_subnet_rule(rule, eni));
         let is_own = is_sure && self.eni_of_table(rule.table).is_some_and(is_not_its);
         let is_proven = self.is_complete() || self.is_link_gone(rule.table, keep);
@@ -551,16 +551,23 @@ impl Unwanted<'_> {
             && self.sources_here().any(|source| is_taken(&source))
     }
 
+    /// Whether it takes what another ENI has by now than that of its table.
+    fn takes_anothers(&self, rule: &Rule) -> bool {
+        let Some((from, own)) = rule.from.zip(self.eni_of_table(rule.table)) else { return false };
+        let others = self.placed.values().filter(|(eni, _)| eni.table != own.table);
+        others.flat_map(|other| self.sources_of(other)).any(|source| from.contains(&source))
+    }
+
     /// What the ENIs whose links are here have or will have.
     fn sources_here(&self) -> impl Iterator<Item = IpNet> {
-        let of_eni = |(eni, link): &(&DesiredEni, &Link)| {
-            let wanted = eni.addresses.iter().map(|wanted| wanted.object.net.addr().into());
-            let there = self.observed.addresses_on(link.index).map(|address| address.net.addr().into());
-            let prefixes = eni.rules.iter().map(|wanted| &wanted.object).filter(|rule| policy::is_of_prefix(rule));
-            let sources = wanted.chain(there).chain(prefixes.filter_map(|rule| rule.from));
-            sources.collect::<Vec<IpNet>>()
-        };
-        self.placed.values().flat_map(of_eni)
+        self.placed.values().flat_map(|eni| self.sources_of(eni))
+    }
+
+    fn sources_of(&self, (eni, link): &(&DesiredEni, &Link)) -> Vec<IpNet> {
+        let wanted = eni.addresses.iter().map(|wanted| wanted.object.net.addr().into());
+        let there = self.observed.addresses_on(link.index).map(|address| address.net.addr().into());
+        let prefixes = eni.rules.iter().map(|wanted| &wanted.object).filter(|rule| policy::is_of_prefix(rule));
+        wanted.chain(there).chain(prefixes.filter_map(|rule| rule.from)).collect()
     }
 
     /// Whether this is a table of an ENI whose link has left the machine: no route by any link is in its tables, and its

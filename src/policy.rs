@@ -218,6 +218,11 @@ pub fn source_rule(config: &Config, source: IpNet, family: Family, priority: u32
     Rule { from: Some(source), iif: Some("lo".into()), ..rule(config, family, priority, table) }
 }
 
+/// For delegated prefixes, of which containers send: no `iif lo`, as their packets are forwarded.
+pub fn prefix_rule(config: &Config, prefix: IpNet, table: u32) -> Rule {
+    Rule { from: Some(prefix), ..rule(config, prefix.family(), table, table) }
+}
+
 /// "If `main` has a specific route by something that is not an ENI (docker0, cni0, a veth, wg0), use it": without it a
 /// container cannot talk to the host's ENI addresses, since the reply goes to the VPC (amazon-ec2-net-utils issue 97).
 pub fn guard_rule(config: &Config, family: Family) -> Rule {
@@ -235,11 +240,10 @@ pub fn priority_before_guard(config: &Config, route: &IpNet, rank: u32) -> u32 {
     config.guard_priority.saturating_sub(3 * (u32::from(route.prefix_len()) + 1) - rank)
 }
 
-/// Before `main`: what it has for certain destinations, and this table's default instead of its own.
-pub fn rules_before_main(config: &Config, source: IpNet, table: u32, [specific, default]: [u32; 2]) -> [Rule; 2] {
-    let family = source.family();
-    let main = source_rule(config, source, family, specific, MAIN_TABLE);
-    [Rule { suppress_prefix_length: Some(0), ..main }, source_rule(config, source, family, default, table)]
+/// Before `main`: what it has for certain destinations, and instead of its own default that of the rule's table.
+pub fn rules_before_main(rule: &Rule, [specific, default]: [u32; 2]) -> [Rule; 2] {
+    let main = Rule { priority: specific, table: MAIN_TABLE, suppress_prefix_length: Some(0), ..rule.clone() };
+    [main, Rule { priority: default, ..rule.clone() }]
 }
 
 /// What others have for specific destinations, for traffic that went past their rules: after the guard rule and before all

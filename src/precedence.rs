@@ -137,14 +137,13 @@ pub fn past_others<'b>(circumstances: &Circumstances<'_, 'b>, before_guard: &[Of
 /// gets one with the same metric from each, and the kernel takes which came first), they get the primary's own instead, right
 /// before `main` would be looked up: its specific routes and the rules of others still go before.
 pub fn before_main<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
-    let Circumstances { placed, primary, config, .. } = circumstances;
-    let Some((eni, _)) = placed.get(primary) else { return Vec::new() };
+    let Some((eni, _)) = circumstances.placed.get(&circumstances.primary) else { return Vec::new() };
     let mut rules = Vec::new();
     for family in Family::BOTH.into_iter().filter(|family| is_default_of_others(circumstances, *family)) {
-        let sources = primary_sources(circumstances, family);
-        let Some(priorities) = free_before_main(circumstances, family, &sources) else { continue };
-        for source in sources {
-            let [specific, default] = policy::rules_before_main(config, source, eni.table, priorities);
+        let narrowed = of_primary(circumstances, family);
+        let Some(priorities) = free_before_main(circumstances, family, &narrowed) else { continue };
+        for rule in narrowed {
+            let [specific, default] = policy::rules_before_main(rule, priorities);
             let reason = format!("what main has for certain destinations holds for {}", eni.id);
             rules.push((None, Wanted { object: specific, reason }));
             let reason = format!("main's default is another ENI's, and {} has its own", eni.id);
@@ -154,19 +153,18 @@ pub fn before_main<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> 
     rules
 }
 
-/// The prefixes that stand for the primary's addresses in its narrow rules.
-fn primary_sources(circumstances: &Circumstances, family: Family) -> BTreeSet<IpNet> {
-    let rules = circumstances.placed.get(&circumstances.primary).map(|(eni, _)| eni.rules.iter());
-    let rules = rules.into_iter().flatten().map(|rule| &rule.object);
-    rules.filter(|rule| rule.family == family).filter_map(|rule| rule.from).collect()
+/// What all traffic of the primary would be led to its table by.
+fn of_primary<'b>(circumstances: &Circumstances<'_, 'b>, family: Family) -> Vec<&'b Rule> {
+    let primary = circumstances.placed.get(&circumstances.primary).map(|(eni, _)| *eni);
+    primary.into_iter().flat_map(|eni| &eni.narrowed).filter(|rule| rule.family == family).collect()
 }
 
 /// The last two priorities before `main`'s rule that nobody has, and behind which somebody's rules are for other sources only.
-fn free_before_main(circumstances: &Circumstances, family: Family, sources: &BTreeSet<IpNet>) -> Option<[u32; 2]> {
+fn free_before_main(circumstances: &Circumstances, family: Family, narrowed: &[&Rule]) -> Option<[u32; 2]> {
     let Circumstances { observed, rules, config, .. } = circumstances;
     let others = observed.rules.iter().filter(|rule| rule.family == family && !policy::owns_rule(config, rule));
     let is_for_others = |rule: &Rule| {
-        let is_elsewhere = |from: IpNet| !sources.iter().any(|source| overlap(source, &from));
+        let is_elsewhere = |from: IpNet| !narrowed.iter().filter_map(|rule| rule.from).any(|own| overlap(&own, &from));
         !rule.is_inverted && rule.from.is_some_and(is_elsewhere)
     };
     let last_of_ours = rules.iter().filter(|rule| rule.family == family).map(|rule| rule.priority).max()?;
@@ -224,9 +222,9 @@ pub fn limits(circumstances: &Circumstances) -> Vec<String> {
         unpassed.into_iter().chain(unheeded).collect::<Vec<String>>()
     });
     let is_stuck = |family: &Family| {
-        let sources = primary_sources(circumstances, *family);
-        let is_needed = !sources.is_empty() && is_default_of_others(circumstances, *family);
-        is_needed && free_before_main(circumstances, *family, &sources).is_none()
+        let narrowed = of_primary(circumstances, *family);
+        let is_needed = !narrowed.is_empty() && is_default_of_others(circumstances, *family);
+        is_needed && free_before_main(circumstances, *family, &narrowed).is_none()
     };
     let stuck = Family::BOTH.into_iter().filter(is_stuck).map(|family| {
         format!(

@@ -11,23 +11,39 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
-use crate::eni::{Attached, Reason, show_source};
-use crate::holdings::{Own, has_twin, keep_from_others, stay_with};
+use crate::eni::{Attached, Eni, Reason, show_source};
+use crate::holdings::{Own, has_twin, keep_from_others, kept_apart_from, stay_with};
 use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind};
 use crate::policy;
 
 /// Something of ours in the kernel that metadata does not tell of: an address or delegated prefix of an attached ENI, its default in `main`
-/// (as the prefix of length 0), or all of an ENI whose link is still here.
+/// (as the prefix of length 0), all of an ENI whose link is still here, or the subnet of another ENI from which the primary is kept.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Lost {
     pub mac: MacAddr,
     /// None: the whole ENI.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<IpNet>,
+    /// Of the primary: its way to this subnet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<IpNet>,
+}
+
+impl Lost {
+    fn all_of(mac: MacAddr) -> Lost {
+        Lost { mac, source: None, to: None }
+    }
+
+    fn source(mac: MacAddr, source: IpNet) -> Lost {
+        Lost { source: Some(source), ..Lost::all_of(mac) }
+    }
 }
 
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if let Some(subnet) = &self.to {
+            return write!(f, "the way to {subnet}, once another ENI's subnet, by the primary ENI {}", self.mac);
+        }
         match &self.source {
             Some(source) if source.prefix_len() == 0 => write!(f, "the default in main by ENI {}", self.mac),
             Some(source) => write!(f, "{} of ENI {}", show_source(source), self.mac),
@@ -63,6 +79,9 @@ pub struct Notes {
     pub sightings: BTreeSet<Sighting>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub arrivals: Arrivals,
+    /// The ENIs that were attached, be they managed or not.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub attached: BTreeSet<MacAddr>,
     /// Notes from before then are lost (milliseconds since boot), so anything may have arrived right before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unknown_before: Option<u64>,
@@ -89,6 +108,7 @@ pub fn judge(
     config: &Config,
 ) -> Judgement {
     let mut judgement = Judgement::nothing_is_doubted(attached);
+    let mut has_unlisted = false;
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
     for link in &links {
         let Some(mac) = link.mac else { continue };
@@ -109,13 +129,14 @@ pub fn judge(
             let is_told = !attached.disputes.contains_key(&mac);
             let lost = own.at_stake(eni).into_iter().filter(|source| !eni.has(source));
             let lost = lost.filter(|source| !is_anybodys(source, ours, &links, observed) || has_just_arrived(source));
-            let stay: Vec<IpNet> = lost
-                .filter(|source| !judgement.is_proven(Lost { mac, source: Some(*source) }, is_told, known, taken))
-                .collect();
+            let stay: Vec<IpNet> =
+                lost.filter(|source| !judgement.is_proven(Lost::source(mac, *source), is_told, known, taken)).collect();
             keep_from_others(&mut judgement.attached, &stay, mac);
             stay_with(&mut judgement.attached, mac, stay, &own, link);
-        } else if !attached.pending.contains_key(&mac) && !own.is_empty() {
-            let lost = Lost { mac, source: None };
+        // Of an ENI that is somebody else's we have nothing, but rules that keep others' traffic from its link.
+        } else if !attached.pending.contains_key(&mac) && (!own.is_empty() || known.attached.contains(&mac)) {
+            let lost = Lost::all_of(mac);
+            has_unlisted = true;
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
                 judgement.attached.pending.insert(mac, own.pending(link, Reason::Unproven));
             }
@@ -124,13 +145,41 @@ pub fn judge(
     for (mac, family) in only_defaults(observed, config) {
         // Where the primary has none of the family, the default is wanted.
         let has_come = attached.primary_eni().is_some_and(|primary| !primary.addresses(family).is_empty());
-        let lost = Lost { mac, source: Some(family.everything()) };
+        let lost = Lost::source(mac, family.everything());
         let is_told = !attached.disputes.contains_key(&attached.primary);
         if has_come && attached.ready.contains_key(&mac) && !judgement.is_proven(lost, is_told, known, taken) {
             judgement.attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
         }
     }
+    for to in doubtful_subnets(attached, has_unlisted, &links, observed, config) {
+        let lost = Lost { to: Some(to), ..Lost::all_of(attached.primary) };
+        if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
+            judgement.attached.earlier_subnets.insert(to);
+        }
+    }
     judgement
+}
+
+/// The subnets that our rules take for other ENIs' and metadata for nobody's, as far as an ENI that is here may be in them: it is
+/// not listed any more, or told without a subnet of that family.
+fn doubtful_subnets(
+    attached: &Attached,
+    has_unlisted: bool,
+    links: &[&Link],
+    observed: &Observed,
+    config: &Config,
+) -> Vec<IpNet> {
+    let Some(primary) = attached.primary_eni() else { return Vec::new() };
+    let told: BTreeSet<IpNet> = attached.all_subnets().collect();
+    let is_here = |mac: &MacAddr| links.iter().any(|link| link.mac == Some(*mac));
+    let may_be_anothers = |subnet: &IpNet| {
+        let is_untold =
+            |(mac, eni): &(&MacAddr, &Eni)| **mac != attached.primary && eni.subnets(subnet.family()).is_empty();
+        let untold = attached.ready.iter().filter(is_untold).map(|(mac, _)| mac);
+        has_unlisted || untold.chain(attached.pending.keys()).any(is_here)
+    };
+    let kept_apart = kept_apart_from(primary, observed, config);
+    kept_apart.difference(&told).copied().filter(may_be_anothers).collect()
 }
 
 /// The ENIs by whose link `main` has its only default of a family, and that is ours.

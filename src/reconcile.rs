@@ -283,7 +283,8 @@ fn believed(
     // Where nothing is ours nothing has arrived.
     let has_ours = observed.addresses.iter().any(|(_, address)| policy::owns_address(&options.config, address));
     let unknown_before = ledger.notes.unknown_before.filter(|_| has_ours);
-    let notes = Notes { sightings, arrivals: ledger.notes.recent_arrivals(taken), unknown_before };
+    let arrivals = ledger.notes.recent_arrivals(taken);
+    let notes = Notes { sightings, arrivals, attached: attached.macs().collect(), unknown_before };
     keep(ledger, ledger.with_notes(notes), options);
     attached
 }

@@ -10,6 +10,7 @@ use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
 use crate::doubt::{held, leave_to_pending, prefer_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
+use crate::holdings::{kept_apart_from, routes_of};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
 use crate::net::{Family, Link, MacAddr, Observed};
@@ -69,10 +70,25 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     selected.idle = idle(&known, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
+    if may_lack_subnets(&selected, observed, config) {
+        let primary = selected.primary_eni();
+        let kept_apart = primary.map(|primary| kept_apart_from(primary, observed, config));
+        selected.earlier_subnets.extend(kept_apart.unwrap_or_default());
+    }
     // By what is selected in the end.
     selected.held = held(&selected, observed, config);
     prefer_as_is(&mut selected, observed, config);
     selected
+}
+
+/// Whether metadata may not name every ENI's subnet, or an ENI that is left alone has something of ours: then what keeps the
+/// primary's traffic from other ENIs stays.
+fn may_lack_subnets(selected: &Attached, observed: &Observed, config: &Config) -> bool {
+    let is_unread = selected.ignored.values().any(|ignored| ignored.pending().is_some());
+    let is_ignored = |link: &&Link| link.mac.is_some_and(|mac| selected.ignored.contains_key(&mac));
+    let mut ignored = observed.links.values().filter(is_ignored);
+    let has_ours = |link: &Link| routes_of(link, observed, config).next().is_some();
+    !selected.is_complete() || is_unread || ignored.any(has_ours)
 }
 
 /// The ENIs of which it is sure that they are to be left alone.

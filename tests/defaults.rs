@@ -118,3 +118,51 @@ fn of_two_advertised_defaults_the_primary_has_its_own() {
         is_mended(lab, &[shown], &["-6 route del default via fe80:ec2::1 dev ens6 metric 100"], 1).context("IPv6")
     });
 }
+
+/// Containers send from it, so nothing but its rules says that it is the primary's.
+#[test]
+fn a_prefix_of_the_primary_leaves_by_it_whatever_main_says() {
+    vpc_lab::inside(|| {
+        let mut lab = Lab::new(Path::new(env!("CARGO_BIN_EXE_eniup")))?;
+        let subnets = lab.fabric.world(|world| -> Result<Vec<_>> {
+            let vpc = world.create_vpc(&["10.0.0.0/16".parse()?]);
+            let subnet = |n: u8| world.create_subnet(&vpc, Some(format!("10.0.{n}.0/24").parse()?), &[]);
+            (0..2).map(subnet).collect()
+        })?;
+        let mut enis = Vec::new();
+        for (n, subnet) in subnets.into_iter().enumerate() {
+            let ipv4_prefixes = if n == 0 { vec!["10.0.0.176/28".parse()?] } else { Vec::new() };
+            let ipv4s = vec![Ipv4Addr::new(10, 0, n as u8, 10)];
+            enis.push(lab.create_network_interface(CreateEni {
+                subnet,
+                ipv4s,
+                ipv4_prefixes,
+                ..CreateEni::default()
+            })?);
+        }
+        lab.run_instance("web", &enis, "m7i.large", Distribution::Primary)?;
+        let container = [
+            "link add cbr0 type veth peer name pod0",
+            "link set cbr0 up",
+            "link set pod0 up",
+            "addr add 10.0.0.177/28 dev cbr0",
+            // As DHCP does for the other ENI.
+            "link set ens6 up",
+            "addr add 10.0.1.10/24 dev ens6",
+            "route prepend default via 10.0.1.1 dev ens6 proto dhcp metric 100",
+        ];
+        container.iter().try_for_each(|line| ip(&lab, line).map(drop))?;
+        let forward = "echo 1 >/proc/sys/net/ipv4/ip_forward";
+        ensure!(lab.command("web", "sh")?.args(["-c", forward]).status()?.success(), "{forward}");
+        let ways = || -> Result<Vec<String>> {
+            let to = ["198.51.100.7", "10.0.1.201", "10.0.0.201", "10.0.0.178"];
+            let way = |to| ip(&lab, &format!("route get {to} from 10.0.0.181 iif cbr0"));
+            let link = |way: String| way.split_whitespace().skip_while(|word| *word != "dev").nth(1).map(String::from);
+            to.iter().map(|to| link(way(to)?).context("no way")).collect()
+        };
+        ensure!(ways()? == ["ens6", "ens6", "ens5", "cbr0"], "{:?}", ways()?);
+        reconcile(&lab)?;
+        ensure!(ways()? == ["ens5", "ens5", "ens5", "cbr0"], "{:?}", ways()?);
+        Ok(())
+    });
+}

@@ -11,9 +11,10 @@ use eniup::metadata::eni_directory;
 use eniup::net::MacAddr;
 use eniup::policy::{ARRIVAL_DOUBT, PROOF_PAUSE};
 use support::machine::{
-    Machine, age_arrivals, age_notes, difference, inside, ip, read_leaves, scenario, with_scenario,
+    Machine, age_arrivals, age_notes, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario,
 };
-use support::moments::settled_dump;
+use support::moments::{arrange, observe, settled_dump, ways};
+use support::{Scenario, scenarios};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
 /// Two secondary ENIs, 2 and 3, in one subnet, `10.0.1.0/24`.
@@ -66,6 +67,166 @@ fn leaves_by(address: &str) -> Result<u8> {
     let way = ip(&format!("route get 198.51.100.7 from {address}"))?;
     let link = way.split_whitespace().skip_while(|word| *word != "dev").nth(1).context("no way")?;
     Ok(link.trim_start_matches("eth0").parse()?)
+}
+
+/// What one bad read says of an ENI.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Unlisted,
+    Unread,
+    WithoutSubnet,
+}
+
+impl Lie {
+    fn tell(self, machine: &Machine, mac: MacAddr, told: &Leaves) {
+        let directory = eni_directory(mac);
+        let mut leaves = told.clone();
+        match self {
+            Lie::Unlisted => leaves.retain(|path, _| !path.starts_with(&directory)),
+            Lie::Unread => fail(machine, &format!("{directory}*")),
+            Lie::WithoutSubnet => leaves.retain(|path, _| !path.starts_with(&format!("{directory}subnet-ip"))),
+        }
+        machine.publish(leaves);
+    }
+}
+
+/// Others have routes by the links of ENIs there, rules, or ENIs of their own: what keeps an ENI's traffic from those is there because
+/// of what is known of *another* ENI.
+fn beside_others() -> Result<Vec<Scenario>> {
+    let is_beside_others = |scenario: &Scenario| {
+        let support::Machine { foreign_address, group, main, rules, enslave, twice, .. } = &scenario.machine;
+        let has_others = !(foreign_address.is_empty() && group.is_empty() && main.is_empty() && rules.is_empty());
+        let is_ignored = scenario.folder.join("config.toml").exists();
+        (has_others || is_ignored) && enslave.is_empty() && twice.is_empty()
+    };
+    Ok(scenarios()?.into_iter().filter(is_beside_others).collect())
+}
+
+#[test]
+fn one_bad_read_of_an_eni_sends_nothing_another_way() {
+    inside(|| {
+        let mut tried = 0;
+        for scenario in beside_others()? {
+            let told = read_leaves(&scenario.folder.join("metadata.json"))?;
+            let file = scenario.folder.join("config.toml");
+            let config = if file.exists() { format!("--config {} ", file.display()) } else { String::new() };
+            let primary = scenario.attached.primary;
+            let enis: Vec<MacAddr> = scenario.attached.ready.keys().filter(|mac| **mac != primary).copied().collect();
+            on_a_machine(|machine| {
+                arrange(machine, &scenario)?;
+                machine.eniup(&format!("{config}reconcile --timeout 300ms"))?;
+                let before = ways(&observe()?)?;
+                ensure!(before.len() > 1, "nothing is there: {before:?}");
+                for mac in enis {
+                    for (lie, verb) in [
+                        (Lie::Unlisted, "reconcile --automatic"),
+                        (Lie::Unread, "reconcile --automatic"),
+                        (Lie::Unread, "reconcile"),
+                        (Lie::WithoutSubnet, "reconcile --automatic"),
+                    ] {
+                        lie.tell(machine, mac, &told);
+                        let run = machine.eniup(&format!("{config}{verb} --timeout 300ms"))?;
+                        let after = ways(&observe()?)?;
+                        let other: Vec<_> = before.iter().filter(|(way, by)| after.get(way) != Some(by)).collect();
+                        ensure!(other.is_empty(), "{verb}, {lie:?} {mac}: {other:?}\n{}: {}", run.exit, run.stderr);
+                        be_well(machine);
+                        machine.publish(told.clone());
+                        let well = machine.eniup(&format!("{config}reconcile --automatic --timeout 300ms"))?;
+                        ensure!(ways(&observe()?)? == before, "{lie:?} {mac}, afterwards: {}", well.stderr);
+                        tried += 1;
+                    }
+                }
+                Ok(())
+            })
+            .with_context(|| scenario.name.clone())?;
+        }
+        ensure!(tried > 50, "only {tried} tried");
+        Ok(())
+    });
+}
+
+/// Whose security groups one read tells wrongly is somebody else's for that moment; what is there stays there, and does as before.
+#[test]
+fn the_only_other_eni_that_comes_to_be_ignored_sends_nothing_another_way() {
+    const BOTH_DEFAULTS: &str = "anothers-default-in-main-is-not-the-primarys";
+    inside(|| {
+        for verb in ["reconcile --automatic", "reconcile"] {
+            on_a_machine(|machine| {
+                arrange(machine, &scenario(BOTH_DEFAULTS)?)?;
+                std::fs::create_dir_all(&machine.directory)?;
+                let config = machine.directory.join("test.toml");
+                std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+                let verb = format!("--config {} {verb} --timeout 300ms", config.display());
+                let of_group = |group: &str| -> Result<Leaves> {
+                    let mut leaves = told(BOTH_DEFAULTS)?;
+                    for eni in 1..=2 {
+                        leaves.insert(path(eni, "security-groups"), if eni == 2 { group } else { "web" }.into());
+                        leaves.insert(path(eni, "security-group-ids"), "sg-1".into());
+                    }
+                    leaves.insert(path(2, "interface-id"), "eni-00000002".into());
+                    Ok(leaves)
+                };
+                machine.publish(of_group("web")?);
+                let run = machine.eniup(&verb)?;
+                ensure!(run.exit == 0 && leaves_by("10.0.0.10")? == 1, "{}: {}", run.exit, run.stderr);
+                let before = ways(&observe()?)?;
+                machine.publish(of_group("eks-nodes")?);
+                let run = machine.eniup(&verb)?;
+                ensure!(run.exit == 0 && ways(&observe()?)? == before, "{}: {}", run.exit, run.stderr);
+                // Once nothing of ours is there any more, there is nothing to keep apart from.
+                let released = machine.eniup("release --eni eni-00000002")?;
+                ensure!(released.exit == 0, "{}: {}", released.exit, released.stderr);
+                machine.eniup(&verb)?;
+                ensure!(!ip("rule show")?.contains(" to 10.0.1.0/24 "), "{}", ip("rule show")?);
+                Ok(())
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
+    });
+}
+
+/// Whoever asks DHCP on every ENI does so on an isolated one as well.
+#[test]
+fn an_isolated_enis_default_in_main_is_not_the_primarys() {
+    const BOTH_DEFAULTS: &str = "anothers-default-in-main-is-not-the-primarys";
+    inside(|| {
+        on_a_machine(|machine| {
+            arrange(machine, &scenario(BOTH_DEFAULTS)?)?;
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, "[[eni]]\ndevice_number = 1\nisolate = true\n")?;
+            ensure!(leaves_by("10.0.0.10")? == 2, "nothing is wrong");
+            let run = machine.eniup(&format!("--config {} reconcile --timeout 300ms", config.display()))?;
+            ensure!(run.exit == 0 && leaves_by("10.0.0.10")? == 1, "{}: {}", run.exit, run.stderr);
+            Ok(())
+        })
+    });
+}
+
+/// An ENI that may come to be in a subnet keeps nothing for itself that is another's by now.
+#[test]
+fn what_the_primary_has_given_away_leaves_by_its_new_eni_while_a_third_cannot_be_read() {
+    inside(|| {
+        const ALL: &str = "one-shared-subnet";
+        let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(ALL)?, eni, "ipv4-prefix", "10.0.0.96/28"));
+        with_scenario(ALL, |machine| {
+            machine.publish(of(1)?);
+            machine.reconcile(0)?;
+            // As a container's packet.
+            ip("link add br7 address 02:97:00:00:00:01 type veth peer name br8")?;
+            ip("link set br8 up")?;
+            ip("link set br7 up")?;
+            std::fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1")?;
+            let way = || ip("route get 10.0.0.201 from 10.0.0.97 iif br7");
+            ensure!(way()?.contains("dev eth01 "), "{}", way()?);
+            machine.publish(of(2)?);
+            fail(machine, &path(3, "local-ipv4s"));
+            let run = machine.eniup("reconcile --timeout 300ms")?;
+            ensure!(run.exit == 3 && way()?.contains("dev eth02 "), "{}{}: {}", way()?, run.exit, run.stderr);
+            Ok(())
+        })
+    });
 }
 
 #[test]

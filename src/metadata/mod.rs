@@ -151,6 +151,7 @@ fn each_by_itself(tree: &Tree) -> Result<Attached, Unusable> {
         undecided: BTreeSet::new(),
         shared: BTreeMap::new(),
         held: BTreeSet::new(),
+        earlier_subnets: BTreeSet::new(),
         idle: Vec::new(),
         choices: BTreeMap::new(),
     })

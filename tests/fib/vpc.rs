@@ -192,6 +192,7 @@ impl Vpc {
             undecided: BTreeSet::new(),
             shared: BTreeMap::new(),
             held: BTreeSet::new(),
+            earlier_subnets: BTreeSet::new(),
             idle: Vec::new(),
             choices: BTreeMap::new(),
         }
