@@ -75,6 +75,8 @@ enum Lie {
     Unlisted,
     Unread,
     WithoutSubnet,
+    /// Nothing but its name and number.
+    Bare,
 }
 
 impl Lie {
@@ -84,6 +86,10 @@ impl Lie {
         match self {
             Lie::Unlisted => leaves.retain(|path, _| !path.starts_with(&directory)),
             Lie::Unread => fail(machine, &format!("{directory}*")),
+            Lie::Bare => leaves.retain(|path, _| {
+                let key = path.strip_prefix(&directory);
+                key.is_none_or(|key| ["interface-id", "device-number", "network-card"].contains(&key))
+            }),
             Lie::WithoutSubnet => leaves.retain(|path, _| !path.starts_with(&format!("{directory}subnet-ip"))),
         }
         machine.publish(leaves);
@@ -123,6 +129,7 @@ fn one_bad_read_of_an_eni_sends_nothing_another_way() {
                         (Lie::Unread, "reconcile --automatic"),
                         (Lie::Unread, "reconcile"),
                         (Lie::WithoutSubnet, "reconcile --automatic"),
+                        (Lie::Bare, "reconcile --automatic"),
                     ] {
                         lie.tell(machine, mac, &told);
                         let run = machine.eniup(&format!("{config}{verb} --timeout 300ms"))?;
