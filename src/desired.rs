@@ -78,8 +78,8 @@ struct Machine<'a> {
 /// What the kernel should have, from metadata and configuration alone.
 pub fn desired(attached: &Attached, config: &Config) -> Desired {
     let machine = Machine { attached, config, sources: Sources::of(attached) };
-    let is_beside_others =
-        attached.ready.keys().any(|mac| *mac != attached.primary) || !attached.earlier_subnets.is_empty();
+    let has_others = attached.ready.keys().any(|mac| *mac != attached.primary);
+    let is_beside_others = has_others || !attached.earlier_subnets.is_empty() || attached.is_main_anothers;
     let mut desired = Desired {
         enis: BTreeMap::new(),
         rules: Vec::new(),
@@ -450,7 +450,10 @@ fn other_subnets(attached: &Attached, family: Family) -> BTreeSet<IpNet> {
     let pending = pending.flat_map(|(_, pending)| of_family(&pending.subnets, family));
     let ignored = attached.ignored.iter().filter(|(mac, _)| **mac != attached.primary);
     let ignored = ignored.flat_map(|(_, ignored)| of_family(&ignored.subnets(), family));
-    let earlier = attached.earlier_subnets.iter().copied().filter(|subnet| subnet.family() == family);
+    let of_isolated = attached.ready.iter().filter(|(mac, _)| is_isolated(attached, **mac));
+    let of_isolated: Vec<IpNet> = of_isolated.flat_map(|(_, eni)| eni.subnets(family)).collect();
+    let earlier = attached.earlier_subnets.iter().copied();
+    let earlier = earlier.filter(|subnet| subnet.family() == family && !of_isolated.contains(subnet));
     ready.chain(pending).chain(ignored).chain(earlier).collect()
 }
 

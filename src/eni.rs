@@ -343,6 +343,10 @@ pub struct Attached {
     pub held: BTreeSet<(IpNet, Option<MacAddr>)>,
     /// Subnets from which our rules keep the primary's traffic, though metadata does not name them now: it may not tell all.
     pub earlier_subnets: BTreeSet<IpNet>,
+    /// Whether the best default in `main` is another ENI's than the primary's, or may be.
+    pub is_main_anothers: bool,
+    /// ENIs that were left alone, while it is not proven that they are not to be any more.
+    pub still_left_alone: BTreeSet<MacAddr>,
     /// Entries of the configuration that mean none of these, and what that may come of.
     pub idle: Vec<String>,
 }

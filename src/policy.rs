@@ -223,6 +223,21 @@ pub fn prefix_rule(config: &Config, prefix: IpNet, table: u32) -> Rule {
     Rule { from: Some(prefix), ..rule(config, prefix.family(), table, table) }
 }
 
+/// Whether the best default of a family in `main`, among these routes, leaves by one of these links, or may.
+pub fn is_best_default_by<'a>(
+    links: &BTreeSet<u32>,
+    routes: impl Iterator<Item = &'a (Option<u32>, Route)>,
+    family: Family,
+) -> bool {
+    let is_default = |(_, route): &&(Option<u32>, Route)| {
+        (route.table, route.destination) == (MAIN_TABLE, family.everything()) && route.kind.is_unicast()
+    };
+    let defaults: Vec<_> = routes.filter(is_default).collect();
+    let best = defaults.iter().map(|(_, route)| route.metric).min();
+    let mut best = defaults.iter().filter(|(_, route)| Some(route.metric) == best);
+    best.any(|(link, _)| link.is_some_and(|link| links.contains(&link)))
+}
+
 /// "If `main` has a specific route by something that is not an ENI (docker0, cni0, a veth, wg0), use it": without it a
 /// container cannot talk to the host's ENI addresses, since the reply goes to the VPC (amazon-ec2-net-utils issue 97).
 pub fn guard_rule(config: &Config, family: Family) -> Rule {

@@ -183,13 +183,7 @@ fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
     let others = macs.filter(|mac| *mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten());
     let others: BTreeSet<u32> = others.map(|link| link.index).collect();
     let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
-    let is_default = |(_, route): &&(Option<u32>, Route)| {
-        (route.table, route.destination) == (policy::MAIN_TABLE, family.everything()) && route.kind.is_unicast()
-    };
-    let defaults: Vec<_> = foreign.chain(routes.iter()).filter(is_default).collect();
-    let best = defaults.iter().map(|(_, route)| route.metric).min();
-    let mut best = defaults.iter().filter(|(_, route)| Some(route.metric) == best);
-    best.any(|(link, _)| link.is_some_and(|link| others.contains(&link)))
+    policy::is_best_default_by(&others, foreign.chain(routes.iter()), family)
 }
 
 /// What others have that is not to be got round, in words.

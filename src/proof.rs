@@ -27,11 +27,14 @@ pub struct Lost {
     /// Of the primary: its way to this subnet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<IpNet>,
+    /// Its being left alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left_alone: bool,
 }
 
 impl Lost {
     fn all_of(mac: MacAddr) -> Lost {
-        Lost { mac, source: None, to: None }
+        Lost { mac, source: None, to: None, left_alone: false }
     }
 
     fn source(mac: MacAddr, source: IpNet) -> Lost {
@@ -41,6 +44,9 @@ impl Lost {
 
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        if self.left_alone {
+            return write!(f, "that ENI {} is left alone", self.mac);
+        }
         if let Some(subnet) = &self.to {
             return write!(f, "the way to {subnet}, once another ENI's subnet, by the primary ENI {}", self.mac);
         }
@@ -79,9 +85,12 @@ pub struct Notes {
     pub sightings: BTreeSet<Sighting>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub arrivals: Arrivals,
-    /// The ENIs that were attached, be they managed or not.
+    /// The ENIs that were attached, be they managed or not; none where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attached: Option<BTreeSet<MacAddr>>,
+    /// Those of them that were left alone.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub attached: BTreeSet<MacAddr>,
+    pub left_alone: BTreeSet<MacAddr>,
     /// Notes from before then are lost (milliseconds since boot), so anything may have arrived right before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unknown_before: Option<u64>,
@@ -109,6 +118,10 @@ pub fn judge(
 ) -> Judgement {
     let mut judgement = Judgement::nothing_is_doubted(attached);
     let mut has_unlisted = false;
+    let may_have_been_attached = |link: &Link, mac: MacAddr| match &known.attached {
+        Some(of_last) => of_last.contains(&mac),
+        None => leads_to_others(link, attached, observed, config),
+    };
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
     for link in &links {
         let Some(mac) = link.mac else { continue };
@@ -134,7 +147,7 @@ pub fn judge(
             keep_from_others(&mut judgement.attached, &stay, mac);
             stay_with(&mut judgement.attached, mac, stay, &own, link);
         // Of an ENI that is somebody else's we have nothing, but rules that keep others' traffic from its link.
-        } else if !attached.pending.contains_key(&mac) && (!own.is_empty() || known.attached.contains(&mac)) {
+        } else if !attached.pending.contains_key(&mac) && (!own.is_empty() || may_have_been_attached(link, mac)) {
             let lost = Lost::all_of(mac);
             has_unlisted = true;
             if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
@@ -151,6 +164,12 @@ pub fn judge(
             judgement.attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
         }
     }
+    for mac in known.left_alone.iter().filter(|mac| ours.ready.contains_key(mac)) {
+        let lost = Lost { left_alone: true, ..Lost::all_of(*mac) };
+        if !judgement.is_proven(lost, true, known, taken) {
+            judgement.attached.still_left_alone.insert(*mac);
+        }
+    }
     for to in doubtful_subnets(attached, has_unlisted, &links, observed, config) {
         let lost = Lost { to: Some(to), ..Lost::all_of(attached.primary) };
         if !judgement.is_proven(lost, attached.is_complete(), known, taken) {
@@ -158,6 +177,18 @@ pub fn judge(
         }
     }
     judgement
+}
+
+/// Whether `main` leads by this link where our rules keep the primary from: everywhere, or to another ENI's subnet.
+fn leads_to_others(link: &Link, attached: &Attached, observed: &Observed, config: &Config) -> bool {
+    let Some(primary) = attached.primary_eni() else { return false };
+    let kept_apart = kept_apart_from(primary, observed, config);
+    let is_there = |(index, route): &(Option<u32>, Route)| {
+        let is_foreign = route.table == policy::MAIN_TABLE && !policy::owns_route(config, route);
+        let is_kept_from = route.destination.prefix_len() == 0 || kept_apart.contains(&route.destination);
+        *index == Some(link.index) && is_foreign && is_kept_from
+    };
+    !kept_apart.is_empty() && observed.routes.iter().any(is_there)
 }
 
 /// The subnets that our rules take for other ENIs' and metadata for nobody's, as far as an ENI that is here may be in them: it is

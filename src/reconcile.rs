@@ -284,7 +284,13 @@ fn believed(
     let has_ours = observed.addresses.iter().any(|(_, address)| policy::owns_address(&options.config, address));
     let unknown_before = ledger.notes.unknown_before.filter(|_| has_ours);
     let arrivals = ledger.notes.recent_arrivals(taken);
-    let notes = Notes { sightings, arrivals, attached: attached.macs().collect(), unknown_before };
+    let macs: BTreeSet<MacAddr> = attached.macs().collect();
+    // Who is pending has not been told to be anything else.
+    let was_left_alone = |mac: &MacAddr| macs.contains(mac) && !ours.ready.contains_key(mac);
+    let known = ledger.notes.left_alone.iter().copied().filter(was_left_alone);
+    let left_alone = known.chain(ours.ignored.keys().copied()).chain(attached.still_left_alone.iter().copied());
+    let left_alone = left_alone.collect();
+    let notes = Notes { sightings, arrivals, attached: Some(macs), left_alone, unknown_before };
     keep(ledger, ledger.with_notes(notes), options);
     attached
 }

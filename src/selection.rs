@@ -30,6 +30,11 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     for (mac, eni) in &attached.ready {
         let facts = facts(*mac, Some(&eni.id), Some(eni), tree, observed);
         match verdict(&facts, has_attached(mac), config) {
+            Verdict::Managed if attached.still_left_alone.contains(mac) => {
+                let by = "what said so until now: that it does no more is not proven".into();
+                selected.ready.remove(mac);
+                selected.ignored.insert(*mac, Ignored { by, eni: Known::Ready(eni.clone()) });
+            }
             Verdict::Managed => {
                 let is_shared = is_primary(mac) && unmanaged(&facts, config).is_none();
                 if let Some(ContainerNetwork { name, sign }) = network.as_ref().filter(|_| is_shared) {
@@ -70,25 +75,38 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     selected.idle = idle(&known, config);
     selected.disputes.retain(|mac, _| selected.ready.contains_key(mac));
     selected.shared.retain(|mac, _| selected.ready.get(mac).is_some_and(|eni| !eni.of_others.is_empty()));
-    if may_lack_subnets(&selected, observed, config) {
-        let primary = selected.primary_eni();
-        let kept_apart = primary.map(|primary| kept_apart_from(primary, observed, config));
-        selected.earlier_subnets.extend(kept_apart.unwrap_or_default());
-    }
     // By what is selected in the end.
+    let kept_apart = subnets_kept_apart(&selected, observed, config);
+    selected.earlier_subnets.extend(kept_apart);
+    selected.is_main_anothers = is_main_anothers(&selected, observed, config);
     selected.held = held(&selected, observed, config);
     prefer_as_is(&mut selected, observed, config);
     selected
 }
 
-/// Whether metadata may not name every ENI's subnet, or an ENI that is left alone has something of ours: then what keeps the
-/// primary's traffic from other ENIs stays.
-fn may_lack_subnets(selected: &Attached, observed: &Observed, config: &Config) -> bool {
+/// What keeps the primary's traffic from other ENIs stays as long as metadata may not name every ENI's subnet, and as long as an ENI
+/// that is left alone has something of ours.
+fn subnets_kept_apart(selected: &Attached, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
+    let Some(primary) = selected.primary_eni() else { return BTreeSet::new() };
+    let kept_apart = kept_apart_from(primary, observed, config);
     let is_unread = selected.ignored.values().any(|ignored| ignored.pending().is_some());
-    let is_ignored = |link: &&Link| link.mac.is_some_and(|mac| selected.ignored.contains_key(&mac));
-    let mut ignored = observed.links.values().filter(is_ignored);
-    let has_ours = |link: &Link| routes_of(link, observed, config).next().is_some();
-    !selected.is_complete() || is_unread || ignored.any(has_ours)
+    if !selected.is_complete() || is_unread {
+        return kept_apart;
+    }
+    let has_ours = |link: &&Link| routes_of(link, observed, config).next().is_some();
+    let ignored = observed.links.values().filter(has_ours).filter_map(|link| selected.ignored.get(&link.mac?));
+    let of_ignored: BTreeSet<IpNet> = ignored.flat_map(|ignored| ignored.subnets()).collect();
+    kept_apart.intersection(&of_ignored).copied().collect()
+}
+
+/// By what others have put there: where it is one ENI's, the primary's addresses need their own.
+fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -> bool {
+    let others: BTreeSet<MacAddr> = selected.macs().filter(|mac| *mac != selected.primary).collect();
+    let links = observed.links.values().filter(|link| policy::can_be_eni(link));
+    let links = links.filter(|link| link.mac.is_some_and(|mac| others.contains(&mac))).map(|link| link.index);
+    let links: BTreeSet<u32> = links.collect();
+    let foreign = || observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
+    Family::BOTH.into_iter().any(|family| policy::is_best_default_by(&links, foreign(), family))
 }
 
 /// The ENIs of which it is sure that they are to be left alone.
@@ -103,7 +121,8 @@ fn left_alone(
     let pending = attached.pending.iter().map(|(mac, pending)| (*mac, pending.id.as_ref(), None));
     let is_ignored = |(mac, id, eni): &(MacAddr, Option<&String>, Option<&Eni>)| {
         let network = network.filter(|_| *mac != attached.primary);
-        matches!(verdict(&facts(*mac, *id, *eni, tree, observed), network, config), Verdict::Ignored { .. })
+        let verdict = verdict(&facts(*mac, *id, *eni, tree, observed), network, config);
+        matches!(verdict, Verdict::Ignored { .. }) || attached.still_left_alone.contains(mac)
     };
     ready.chain(pending).filter(is_ignored).map(|(mac, _, _)| mac).collect()
 }

@@ -180,7 +180,8 @@ fn the_only_other_eni_that_comes_to_be_ignored_sends_nothing_another_way() {
                 machine.publish(of_group("eks-nodes")?);
                 let run = machine.eniup(&verb)?;
                 ensure!(run.exit == 0 && ways(&observe()?)? == before, "{}: {}", run.exit, run.stderr);
-                // Once nothing of ours is there any more, there is nothing to keep apart from.
+                // Once nothing of ours is there any more, and main is the primary's, there is nothing to keep apart from.
+                ip("-6 route del default dev eth02")?;
                 let released = machine.eniup("release --eni eni-00000002")?;
                 ensure!(released.exit == 0, "{}: {}", released.exit, released.stderr);
                 machine.eniup(&verb)?;
@@ -193,19 +194,140 @@ fn the_only_other_eni_that_comes_to_be_ignored_sends_nothing_another_way() {
     });
 }
 
-/// Whoever asks DHCP on every ENI does so on an isolated one as well.
+const IGNORED: &str = "ignored-eni-in-a-subnet-of-its-own";
+
+/// Of an ENI that is ignored nothing in the kernel is ours; that it was there only the ledger knows, and what `main` has.
 #[test]
-fn an_isolated_enis_default_in_main_is_not_the_primarys() {
-    const BOTH_DEFAULTS: &str = "anothers-default-in-main-is-not-the-primarys";
+fn an_ignored_eni_that_is_not_listed_sends_nothing_another_way_when_the_ledger_is_lost() {
     inside(|| {
+        for ledger in [None, Some("{"), Some("{\"version\": 999}")] {
+            on_a_machine(|machine| {
+                let scenario = scenario(IGNORED)?;
+                arrange(machine, &scenario)?;
+                let config = scenario.folder.join("config.toml");
+                let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
+                machine.eniup(&verb)?;
+                let before = ways(&observe()?)?;
+                let file = machine.directory.join("ledger.json");
+                match ledger {
+                    Some(text) => std::fs::write(file, text)?,
+                    None => std::fs::remove_file(file)?,
+                }
+                let third = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 3]).context("a MAC address")?;
+                Lie::Unlisted.tell(machine, third, &told(IGNORED)?);
+                let run = machine.eniup(&verb)?;
+                ensure!(run.exit == 0 && ways(&observe()?)? == before, "{}: {}", run.exit, run.stderr);
+                Ok(())
+            })
+            .with_context(|| format!("{ledger:?}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// An old value of what the configuration asks for would make it eniup's, and what eniup has put there stays once it is left alone again.
+#[test]
+fn what_is_left_alone_becomes_ours_on_proof_only_and_by_hand_at_once() {
+    inside(|| {
+        let of_group = |group: &str| -> Result<Leaves> {
+            let mut leaves = told(SHARED)?;
+            for eni in 1..=3 {
+                leaves.insert(path(eni, "security-groups"), if eni == 3 { group } else { "web" }.into());
+                leaves.insert(path(eni, "security-group-ids"), "sg-1".into());
+            }
+            Ok(leaves)
+        };
+        for is_by_hand in [false, true] {
+            with_scenario(SHARED, |machine| {
+                std::fs::create_dir_all(&machine.directory)?;
+                let config = machine.directory.join("test.toml");
+                std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+                let run = |verb: &str, group: &str, is_managed: bool| -> Result<()> {
+                    machine.publish(of_group(group)?);
+                    let run = machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()))?;
+                    ensure!(run.exit == 0, "{verb} {group}: {} {}", run.exit, run.stderr);
+                    ensure!(ip("addr show eth03")?.contains("10.0.1.") == is_managed, "{verb} {group}: {}", run.stderr);
+                    Ok(())
+                };
+                run("reconcile", "eks-nodes", false)?;
+                if is_by_hand {
+                    return run("reconcile", "web", true);
+                }
+                run("reconcile --automatic", "web", false)?;
+                run("reconcile --automatic", "eks-nodes", false)?;
+                age_notes(machine, PROOF_PAUSE)?;
+                run("reconcile --automatic", "web", false)?;
+                age_notes(machine, PROOF_PAUSE)?;
+                run("reconcile --automatic", "web", true)
+            })
+            .with_context(|| format!("by hand: {is_by_hand}"))?;
+        }
+        Ok(())
+    });
+}
+
+/// The routes of the one that had the number before are in the place of those of the one that has it now.
+#[test]
+fn an_eni_gets_the_table_of_another_one_in_its_subnet_that_has_another_number_now() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            let mut alone = told(SHARED)?;
+            alone.retain(|key, _| !key.starts_with(&path(3, "")));
+            machine.publish(alone);
+            machine.reconcile(0)?;
+            ensure!(ip("route show table 20001")?.contains("dev eth02"), "{}", ip("route show table 20001")?);
+            let mut both = told(SHARED)?;
+            both.insert(path(2, "device-number"), "2".into());
+            both.insert(path(3, "device-number"), "1".into());
+            machine.publish(both);
+            machine.reconcile(0)?;
+            ensure!(leaves_by("10.0.1.20")? == 2 && leaves_by("10.0.1.22")? == 3, "{}", ip("rule show")?);
+            machine.assert_settled()
+        })
+    });
+}
+
+/// An ENI that is left alone keeps its own, and nothing of those that are gone.
+#[test]
+fn of_enis_that_are_gone_nothing_stays_because_of_one_that_is_left_alone() {
+    inside(|| {
+        let scenario = scenario(IGNORED)?;
+        with_scenario(IGNORED, |machine| {
+            machine.reconcile(0)?;
+            let narrow = |subnet: &str| Ok::<_, anyhow::Error>(ip("rule show")?.contains(&format!(" to {subnet} ")));
+            ensure!(narrow("10.0.1.0/24")? && narrow("10.0.2.0/24")?, "{}", ip("rule show")?);
+            let mut without_second = told(IGNORED)?;
+            without_second.retain(|key, _| !key.starts_with(&path(2, "")));
+            machine.publish(without_second);
+            ip("link del eth02")?;
+            let config = scenario.folder.join("config.toml");
+            let run = machine.eniup(&format!("--config {} reconcile --automatic --timeout 300ms", config.display()))?;
+            ensure!(run.exit == 0 && narrow("10.0.1.0/24")? && !narrow("10.0.2.0/24")?, "{}", ip("rule show")?);
+            Ok(())
+        })
+    });
+}
+
+/// `main`'s default is an ignored ENI's: whoever is connected to the primary is not cut off because a third one leaves.
+#[test]
+fn the_primary_keeps_its_own_default_when_the_last_managed_eni_goes() {
+    inside(|| {
+        let scenario = scenario(IGNORED)?;
         on_a_machine(|machine| {
-            arrange(machine, &scenario(BOTH_DEFAULTS)?)?;
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, "[[eni]]\ndevice_number = 1\nisolate = true\n")?;
-            ensure!(leaves_by("10.0.0.10")? == 2, "nothing is wrong");
-            let run = machine.eniup(&format!("--config {} reconcile --timeout 300ms", config.display()))?;
-            ensure!(run.exit == 0 && leaves_by("10.0.0.10")? == 1, "{}: {}", run.exit, run.stderr);
+            arrange(machine, &scenario)?;
+            let config = scenario.folder.join("config.toml");
+            let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
+            machine.eniup(&verb)?;
+            let before = ways(&observe()?)?;
+            let mut without_second = told(IGNORED)?;
+            without_second.retain(|key, _| !key.starts_with(&path(2, "")));
+            machine.publish(without_second);
+            ip("link del eth02")?;
+            let run = machine.eniup(&verb)?;
+            let after = ways(&observe()?)?;
+            ensure!(run.exit == 0 && !after.is_empty(), "{}: {}", run.exit, run.stderr);
+            let other: Vec<_> = after.iter().filter(|(way, by)| before.get(way) != Some(by)).collect();
+            ensure!(other.is_empty(), "{other:?}: {}", run.stderr);
             Ok(())
         })
     });

@@ -289,13 +289,14 @@ fn assert_foreign_untouched(before: &Observed, after: &Observed, name: &str) {
     }
 }
 
-/// The first rule of ours that each address of a ready ENI meets.
+/// The first rule of ours that each address of a ready ENI meets, but for those that leave it to `main`'s specific routes.
 fn first_rules<'a>(
     attached: &'a eniup::eni::Attached,
     observed: &'a Observed,
 ) -> Vec<(&'a eniup::eni::Eni, IpAddr, Option<&'a Rule>)> {
     let config = Config::default();
-    let rules: Vec<&Rule> = observed.rules.iter().filter(|rule| policy::owns_rule(&config, rule)).collect();
+    let leads_on = |rule: &&Rule| policy::owns_rule(&config, rule) && rule.suppress_prefix_length.is_none();
+    let rules: Vec<&Rule> = observed.rules.iter().filter(leads_on).collect();
     let first =
         |source: IpAddr| rules.iter().copied().find(|rule| rule.from.is_some_and(|from| from.contains(&source)));
     let sources = |eni: &eniup::eni::Eni| {

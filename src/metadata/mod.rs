@@ -152,6 +152,8 @@ fn each_by_itself(tree: &Tree) -> Result<Attached, Unusable> {
         shared: BTreeMap::new(),
         held: BTreeSet::new(),
         earlier_subnets: BTreeSet::new(),
+        is_main_anothers: false,
+        still_left_alone: BTreeSet::new(),
         idle: Vec::new(),
         choices: BTreeMap::new(),
     })

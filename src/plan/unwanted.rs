@@ -39,7 +39,9 @@ impl Unwanted<'_> {
             if policy::owns_route(self.config, route) && self.route_may_go(*index, route, keep) {
                 let operation =
                     Operation::DeleteRoute { link: index.map(|index| self.reference(index)), route: *route };
-                steps.push(self.step(self.eni_of_table(route.table), operation, "no ENI needs it"));
+                // Whoever has the table by now may need its place first.
+                let holder = index.and_then(|index| self.eni_of_link(index));
+                steps.push(self.step(holder.or(self.eni_of_table(route.table)), operation, "no ENI needs it"));
             }
         }
         steps

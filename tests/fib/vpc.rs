@@ -193,6 +193,8 @@ impl Vpc {
             shared: BTreeMap::new(),
             held: BTreeSet::new(),
             earlier_subnets: BTreeSet::new(),
+            is_main_anothers: false,
+            still_left_alone: BTreeSet::new(),
             idle: Vec::new(),
             choices: BTreeMap::new(),
         }
