@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 /// Packets that are paid for in any second, at most. 600 may be sent; the difference is for acknowledgements of answers that no
-/// other request takes along. The peak is in `tests/imds.rs` and `tests/bench/imds.rs`.
+/// other request takes along. The peak is in `tests/imds.rs` and `tests/bench/metadata.rs`.
 const PACKETS: u32 = 500;
 
 /// A request on a connection that is there: the acknowledgement of the answer goes with the next one.

@@ -14,8 +14,9 @@ use eniup::metadata::attached;
 use eniup::netlink::Netlink;
 use eniup::operation::{LinkChange, Operation};
 use eniup::plan::{Plan, plan};
-use vpc_lab::cost::Cost;
-use vpc_lab::interposer::{self, Datagram};
+use tempfile::NamedTempFile;
+use vpc_lab::cost::{Cost, times};
+use vpc_lab::interposer::{self, Datagram, Message};
 
 use super::eniup;
 use super::lab::{Lab, block_on, enter_namespace, ip, mac, metadata_listeners, plug};
@@ -75,10 +76,6 @@ impl Instance {
         Ok(())
     }
 
-    pub fn as_it_is(&self) -> Result<()> {
-        Ok(())
-    }
-
     /// An address that is not one of its size.
     pub fn with_one_more(&self) -> Result<()> {
         let mut view = self.lab.view.clone();
@@ -118,18 +115,44 @@ impl Instance {
 
     /// The datagrams by which eniup configures the machine as it is, and has then configured it.
     pub fn messages(&self) -> Result<Vec<Vec<u8>>> {
-        let mut messages = Vec::new();
+        let mut datagrams = self.said()?;
+        let is_acknowledged = |message: &Message| message.flags() & ACKNOWLEDGE != 0;
+        datagrams.retain_mut(|datagram| interposer::messages(datagram).iter().all(is_acknowledged));
+        Ok(datagrams)
+    }
+
+    /// What a run says to rtnetlink, datagram by datagram.
+    pub fn said(&self) -> Result<Vec<Vec<u8>>> {
+        let mut datagrams = Vec::new();
         let output = interposer::output(Command::new(eniup()).args(["reconcile", "--quiet"]), |datagram| {
-            if let Datagram::Said(said) = datagram
-                && interposer::messages(said).iter().all(|message| message.flags() & ACKNOWLEDGE != 0)
-            {
-                messages.push(said.clone());
+            if let Datagram::Said(said) = datagram {
+                datagrams.push(said.clone());
             }
             Ok(())
         })?;
         ensure!(output.status.success(), "eniup reconcile: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(messages)
+        Ok(datagrams)
     }
+
+    /// How many changes a run asks the kernel for.
+    pub fn changes(&self) -> Result<usize> {
+        Ok(self.said()?.iter_mut().map(|datagram| changes(datagram.as_mut_slice())).sum())
+    }
+
+    /// The same done for a run from nothing, one with nothing to do, and one with an address to add.
+    pub fn three_runs<T>(&self, act: impl Fn(&Instance) -> Result<T>) -> Result<[T; 3]> {
+        self.forget()?;
+        let (cold, idle) = (act(self)?, act(self)?);
+        self.with_one_more()?;
+        let one = act(self)?;
+        self.with_one_less()?;
+        Ok([cold, idle, one])
+    }
+}
+
+/// Messages of the datagram that change something. The last two bits of a kind: 0 new, 1 delete, 2 get, 3 set.
+pub fn changes(datagram: &mut [u8]) -> usize {
+    interposer::messages(datagram).iter().filter(|message| message.kind() % 4 != 2).count()
 }
 
 /// `NLM_F_ACK`: eniup asks for it with changes only.
@@ -187,21 +210,24 @@ pub fn batch(lines: impl IntoIterator<Item = String>, options: &[&str]) -> Resul
     Ok(())
 }
 
-/// The changes as eniup prints them, in two processes: a batch is of one family, which need not be named for IPv4.
+/// The changes as eniup prints them, in two processes: a batch is of one family, and a rule for all sources of IPv6 can be told
+/// by nothing else.
 pub fn ip_batch(commands: &[String]) -> Result<Cpu> {
     let arguments = commands.iter().map(|command| arguments(command)).collect::<Result<Vec<String>>>()?;
     let (ipv6, ipv4): (Vec<String>, Vec<String>) = arguments.into_iter().partition(|line| line.starts_with("-6 "));
-    Cpu::of_children(|| {
-        let mut cpu = Duration::ZERO;
-        for (family, lines) in [("-4", ipv4), ("-6", ipv6)] {
-            let mut file = tempfile::NamedTempFile::new()?;
-            for line in lines {
-                let line = line.strip_prefix(family).unwrap_or(&line);
-                writeln!(file, "{line}")?;
-            }
-            cpu += Cost::of(Command::new("ip").args([family, "-batch"]).arg(file.path()))?.cpu;
+    let mut files = Vec::new();
+    for (family, lines) in [("-4", ipv4), ("-6", ipv6)] {
+        let mut file = NamedTempFile::new()?;
+        for line in lines {
+            writeln!(file, "{}", line.strip_prefix(family).unwrap_or(&line))?;
         }
-        Ok(cpu)
+        files.push((family, file));
+    }
+    Cpu::of_children(|| {
+        let cost = |(family, file): &(&str, NamedTempFile)| {
+            times(Command::new("ip").args([family, "-batch"]).arg(file.path())).map(|(_, cpu)| cpu)
+        };
+        files.iter().map(cost).sum()
     })
 }
 
@@ -210,7 +236,7 @@ pub fn ip_each(commands: &[String]) -> Result<Cpu> {
     Cpu::of_children(|| {
         let mut cpu = Duration::ZERO;
         for command in commands {
-            cpu += Cost::of(Command::new("ip").args(arguments(command)?.split_whitespace()))?.cpu;
+            cpu += times(Command::new("ip").args(arguments(command)?.split_whitespace()))?.1;
         }
         Ok(cpu)
     })

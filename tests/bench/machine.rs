@@ -38,6 +38,12 @@ pub const SIZES: [Size; 9] = [
     Size::dual_stack(80, 50),
 ];
 
+/// The third byte of an address is its ENI's number.
+const MOST_ENIS: u8 = 255;
+
+/// From host 10 on; 250 is the one address more.
+const MOST_ADDRESSES: u8 = 240;
+
 impl Size {
     pub const fn ipv4(enis: u8, addresses: u8) -> Size {
         Size { enis, addresses, is_dual_stack: false }
@@ -91,7 +97,13 @@ impl FromStr for Size {
             None => (text, false),
         };
         let (enis, addresses) = rest.split_once('x').context("a size is ENIS x ADDRESSES: 15x50, 15x50+6")?;
-        Ok(Size { enis: enis.parse()?, addresses: addresses.parse()?, is_dual_stack })
+        let number = |text: &str, most: u8| {
+            let number = text.parse().ok().filter(|number| (1..=most).contains(number));
+            number.with_context(|| {
+                format!("a machine has 1 to {MOST_ENIS} ENIs with 1 to {MOST_ADDRESSES} addresses each")
+            })
+        };
+        Ok(Size { enis: number(enis, MOST_ENIS)?, addresses: number(addresses, MOST_ADDRESSES)?, is_dual_stack })
     }
 }
 

@@ -11,28 +11,38 @@ use eniup::netlink::Netlink;
 use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use vpc_lab::cost::Cost;
+use vpc_lab::cost::{Cost, Spread};
 
-use super::eniup;
 use super::instance::{Instance, batch};
 use super::lab::{block_on, ip};
 use super::machine::Size;
 use super::netlink::{socket, thread_time};
 use super::tables::Section;
+use super::{eniup, in_turn, times};
 
-/// Packets of one round. The least of some rounds is what the work itself costs.
+/// Packets that are timed at once.
 const PACKETS: u32 = 5000;
-const ROUNDS: usize = 15;
+
+/// Times in a row, of which the least counts: what the work itself costs.
+const REPEATED: usize = 5;
 
 const FAR_AWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
 type Configure = fn(&Instance) -> Result<()>;
 
-pub fn measure(_: usize) -> Result<Section> {
+pub fn measure(rounds: usize) -> Result<Section> {
     let size = Size::ipv4(15, 50);
-    eprintln!("packets, {size}");
-    let header =
-        ["source", "rules", "number of rules", "look-up us", "times one an ENI", "datagram us", "times one an ENI"];
+    let header = [
+        "source",
+        "rules",
+        "number of rules",
+        "look-up us",
+        "median",
+        "look-up, times one an ENI",
+        "datagram us",
+        "datagram, median",
+        "datagram, times one an ENI",
+    ];
     let mut section = Section::new("packets", &header);
     let instance = Instance::new(size)?;
     let last = size.enis - 1;
@@ -43,33 +53,35 @@ pub fn measure(_: usize) -> Result<Section> {
     ];
     let kinds: [(&str, Configure); 3] =
         [("one an ENI", one_for_each_eni), ("eniup", few), ("one an address", one_for_each_address)];
-    let mut costs = vec![vec![Costs::none(); sources.len()]; kinds.len()];
+    let mut costs = vec![vec![Vec::new(); kinds.len()]; sources.len()];
     let mut counts = [0; 3];
-    // In turn, so that what else the machine does falls on all of them.
-    for _ in 0..3 {
-        for (kind, (_, prepare)) in kinds.iter().enumerate() {
+    for round in 0..rounds {
+        eprintln!("packets, {size}, round {round}");
+        for kind in in_turn(kinds.len(), round) {
             instance.forget()?;
-            prepare(&instance)?;
+            kinds[kind].1(&instance)?;
             know_gateways(size)?;
             counts[kind] = rules()?;
-            for (source, (_, address)) in sources.iter().enumerate() {
-                costs[kind][source] = costs[kind][source].least(Costs::measure(*address)?);
+            for (costs, (_, address)) in costs.iter_mut().zip(sources) {
+                costs[kind].push(Costs::measure(address)?);
             }
         }
     }
-    for (source, (name, _)) in sources.iter().enumerate() {
+    for (costs, (source, _)) in costs.iter().zip(sources) {
+        let [look_up, datagram]: [fn(&Costs) -> Duration; 2] = [|costs| costs.look_up, |costs| costs.datagram];
+        let spread = |kind: usize, of| Spread::of(costs[kind].iter().map(of));
+        let each = |cost: Duration| format!("{:.2}", cost.as_secs_f64() * 1e6 / f64::from(PACKETS));
         for (kind, (rules, _)) in kinds.iter().enumerate() {
-            let (cost, bare) = (costs[kind][source], costs[0][source]);
-            let times = |cost: Duration, bare: Duration| format!("{:.2}", cost.as_secs_f64() / bare.as_secs_f64());
-            let each = |cost: Duration| format!("{:.2}", cost.as_secs_f64() * 1e6 / f64::from(PACKETS));
             section.push([
-                name.to_string(),
+                source.to_string(),
                 rules.to_string(),
                 counts[kind].to_string(),
-                each(cost.look_up),
-                times(cost.look_up, bare.look_up),
-                each(cost.datagram),
-                times(cost.datagram, bare.datagram),
+                each(spread(kind, look_up).least),
+                each(spread(kind, look_up).median),
+                times(spread(kind, look_up).least, spread(0, look_up).least),
+                each(spread(kind, datagram).least),
+                each(spread(kind, datagram).median),
+                times(spread(kind, datagram).least, spread(0, datagram).least),
             ]);
         }
     }
@@ -126,20 +138,12 @@ struct Costs {
 }
 
 impl Costs {
-    fn none() -> Costs {
-        Costs { look_up: Duration::MAX, datagram: Duration::MAX }
-    }
-
-    fn least(self, other: Costs) -> Costs {
-        Costs { look_up: self.look_up.min(other.look_up), datagram: self.datagram.min(other.datagram) }
-    }
-
     fn measure(source: Ipv4Addr) -> Result<Costs> {
-        let mut costs = Costs::none();
-        for _ in 0..ROUNDS {
-            costs = costs.least(Costs { look_up: look_ups(source)?, datagram: datagrams(source)? });
-        }
-        Ok(costs)
+        let least = |of: fn(Ipv4Addr) -> Result<Duration>| {
+            let times = (0..REPEATED).map(|_| of(source)).collect::<Result<Vec<_>>>()?;
+            anyhow::Ok(Spread::of(times).least)
+        };
+        Ok(Costs { look_up: least(look_ups)?, datagram: least(datagrams)? })
     }
 }
 

@@ -54,24 +54,56 @@ impl fmt::Display for Section {
     }
 }
 
-#[derive(Default)]
-pub struct Tables(Vec<Section>);
+pub struct Tables {
+    measured: Vec<Section>,
+    /// As JSON, by name: these, and others that were measured before.
+    all: BTreeMap<String, Value>,
+}
 
 impl Tables {
+    /// None are measured yet; a file that is not there has no others.
+    pub fn with_those_of(file: Option<&Path>) -> Result<Tables> {
+        let all = match file.filter(|file| file.exists()) {
+            Some(file) => {
+                let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+                serde_json::from_str(&text).with_context(|| file.display().to_string())?
+            }
+            None => BTreeMap::new(),
+        };
+        Ok(Tables { measured: Vec::new(), all })
+    }
+
+    /// Prints it, too.
     pub fn push(&mut self, section: Section) {
-        self.0.push(section);
+        println!("{}\n{section}", section.name);
+        self.all.insert(section.name.to_string(), section.json());
+        self.measured.push(section);
+    }
+
+    /// The number in this column of the first row that has these cells; none where it was not measured.
+    pub fn number(&self, table: &str, cells: &[&str], column: &str) -> Option<f64> {
+        let table = self.all.get(table)?;
+        let column = table["columns"].as_array()?.iter().position(|name| name == column)?;
+        let has_all =
+            |row: &&Value| cells.iter().all(|cell| row.as_array().is_some_and(|row| row.contains(&json!(cell))));
+        table["rows"].as_array()?.iter().find(has_all)?[column].as_f64()
+    }
+
+    /// How many rows have this cell.
+    pub fn rows_with(&self, table: &str, cell: &str) -> Option<usize> {
+        let rows = self.all.get(table)?["rows"].as_array()?;
+        Some(rows.iter().filter(|row| row.as_array().is_some_and(|row| row.contains(&json!(cell)))).count())
     }
 
     pub fn save(&self, file: &Path) -> Result<()> {
-        let sections: BTreeMap<&str, Value> = self.0.iter().map(|section| (section.name, section.json())).collect();
-        fs::write(file, serde_json::to_string_pretty(&sections)? + "\n")
+        fs::write(file, serde_json::to_string_pretty(&self.all)? + "\n")
             .with_context(|| format!("writing {}", file.display()))
     }
 
     /// Between `<!-- NAME -->` and `<!-- end of NAME -->`.
     pub fn put_into(&self, file: &Path) -> Result<()> {
         let mut text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
-        for section in &self.0 {
+        for section in &self.measured {
             let (begin, end) = (format!("<!-- {} -->\n", section.name), format!("<!-- end of {} -->", section.name));
             let place = |mark: &str| text.find(mark).with_context(|| format!("{}: no {mark:?}", file.display()));
             let (start, stop) = (place(&begin)? + begin.len(), place(&end)?);
