@@ -79,7 +79,10 @@ struct Machine<'a> {
 pub fn desired(attached: &Attached, config: &Config) -> Desired {
     let machine = Machine { attached, config, sources: Sources::of(attached) };
     let has_others = attached.ready.keys().any(|mac| *mac != attached.primary);
-    let is_beside_others = has_others || !attached.earlier_subnets.is_empty() || attached.is_main_anothers;
+    let primary = attached.primary_eni().map(|primary| primary_eni(&machine, primary));
+    let is_earlier = |wanted: &Wanted<Rule>| wanted.object.to.is_some_and(|to| attached.earlier_subnets.contains(&to));
+    let is_kept_apart = primary.as_ref().is_some_and(|primary| primary.rules.iter().any(is_earlier));
+    let is_beside_others = has_others || is_kept_apart || attached.is_main_anothers;
     let mut desired = Desired {
         enis: BTreeMap::new(),
         rules: Vec::new(),
@@ -89,30 +92,17 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
     };
     if !is_beside_others {
         // One ENI alone needs no policy routing: only its missing secondary addresses.
-        if let Some(primary) = attached.primary_eni() {
-            desired.enis.insert(
-                attached.primary,
-                DesiredEni {
-                    routes: Vec::new(),
-                    rules: Vec::new(),
-                    narrowed: Vec::new(),
-                    ..primary_eni(&machine, primary)
-                },
-            );
-        }
+        let alone = |primary| DesiredEni { routes: Vec::new(), rules: Vec::new(), narrowed: Vec::new(), ..primary };
+        desired.enis.extend(primary.map(|primary| (attached.primary, alone(primary))));
         return desired;
     }
     for family in Family::BOTH {
         let reason = "routes of containers, bridges and tunnels in main go before those of the ENIs";
         desired.rules.push(wanted(policy::guard_rule(config, family), reason));
     }
-    for (mac, eni) in &attached.ready {
-        let eni = match *mac == attached.primary {
-            true => primary_eni(&machine, eni),
-            false => secondary_eni(&machine, *mac, eni),
-        };
-        desired.enis.insert(*mac, eni);
-    }
+    let secondaries = attached.ready.iter().filter(|(mac, _)| **mac != attached.primary);
+    desired.enis.extend(secondaries.map(|(mac, eni)| (*mac, secondary_eni(&machine, *mac, eni))));
+    desired.enis.extend(primary.map(|primary| (attached.primary, primary)));
     desired
 }
 

@@ -117,12 +117,20 @@ pub fn judge(
     config: &Config,
 ) -> Judgement {
     let mut judgement = Judgement::nothing_is_doubted(attached);
-    let mut has_unlisted = false;
     let may_have_been_attached = |link: &Link, mac: MacAddr| match &known.attached {
         Some(of_last) => of_last.contains(&mac),
         None => leads_to_others(link, attached, observed, config),
     };
     let links: Vec<&Link> = observed.links.values().filter(|link| policy::can_be_eni(link)).collect();
+    for mac in known.left_alone.iter().filter(|mac| ours.ready.contains_key(mac)) {
+        let lost = Lost { left_alone: true, ..Lost::all_of(*mac) };
+        if !judgement.is_proven(lost, true, known, taken) {
+            judgement.attached.still_left_alone.insert(*mac);
+        }
+    }
+    let still_left_alone = judgement.attached.still_left_alone.clone();
+    let is_anybodys = |source: &IpNet| is_anybodys(source, ours, &still_left_alone, &links, observed);
+    let mut has_unlisted = false;
     for link in &links {
         let Some(mac) = link.mac else { continue };
         if attached.ready.contains_key(&mac) && has_twin(link, &links) {
@@ -141,7 +149,7 @@ pub fn judge(
         if let Some(eni) = attached.ready.get(&mac) {
             let is_told = !attached.disputes.contains_key(&mac);
             let lost = own.at_stake(eni).into_iter().filter(|source| !eni.has(source));
-            let lost = lost.filter(|source| !is_anybodys(source, ours, &links, observed) || has_just_arrived(source));
+            let lost = lost.filter(|source| !is_anybodys(source) || has_just_arrived(source));
             let stay: Vec<IpNet> =
                 lost.filter(|source| !judgement.is_proven(Lost::source(mac, *source), is_told, known, taken)).collect();
             keep_from_others(&mut judgement.attached, &stay, mac);
@@ -162,12 +170,6 @@ pub fn judge(
         let is_told = !attached.disputes.contains_key(&attached.primary);
         if has_come && attached.ready.contains_key(&mac) && !judgement.is_proven(lost, is_told, known, taken) {
             judgement.attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
-        }
-    }
-    for mac in known.left_alone.iter().filter(|mac| ours.ready.contains_key(mac)) {
-        let lost = Lost { left_alone: true, ..Lost::all_of(*mac) };
-        if !judgement.is_proven(lost, true, known, taken) {
-            judgement.attached.still_left_alone.insert(*mac);
         }
     }
     for to in doubtful_subnets(attached, has_unlisted, &links, observed, config) {
@@ -287,12 +289,18 @@ impl Judgement {
 
 /// Whether metadata gives this to any ENI that can have it now, whole or as part of a prefix, or to more than one. One whose
 /// link is not here or is somebody's port cannot, nor one that is somebody else's.
-fn is_anybodys(source: &IpNet, ours: &Attached, links: &[&Link], observed: &Observed) -> bool {
+fn is_anybodys(
+    source: &IpNet,
+    ours: &Attached,
+    still_left_alone: &BTreeSet<MacAddr>,
+    links: &[&Link],
+    observed: &Observed,
+) -> bool {
     let disputed = ours.disputes.values().flatten().map(|dispute| dispute.source);
     let can_have = |mac: &MacAddr| {
         let mut of_eni = links.iter().filter(|link| link.mac == Some(*mac));
         let link = of_eni.next().filter(|link| link.controller.is_none() && observed.can_have(link, source.family()));
-        link.is_some() && of_eni.next().is_none()
+        link.is_some() && of_eni.next().is_none() && !still_left_alone.contains(mac)
     };
     let ready = ours.ready.iter().filter(|(mac, _)| can_have(mac));
     let ready = ready

@@ -216,6 +216,7 @@ async fn settle(
     };
     let mut report = converge(netlink, ledger, observed, desire, all.primary, options, trial).await?;
     report.troubles.extend(waiting_for_proof(&taken_as_true));
+    report.troubles.extend(still_left_alone(&taken_as_true));
     report.troubles.extend(pending_troubles(&attached));
     report.enis = listed(&attached);
     if options.is_hotplug {
@@ -582,6 +583,16 @@ fn waiting_for_proof(taken_as_true: &Attached) -> impl Iterator<Item = (String, 
     pending_troubles(taken_as_true).into_iter().filter(move |(eni, _)| !themselves.contains(eni))
 }
 
+/// What is to be managed, and is not as long as that is not proven.
+fn still_left_alone(taken_as_true: &Attached) -> impl Iterator<Item = (String, Trouble)> {
+    let ignored = taken_as_true.ignored.iter().filter(|(mac, _)| taken_as_true.still_left_alone.contains(*mac));
+    let why = "it was left alone until now, and that it is not to be any more is not proven";
+    ignored.map(move |(mac, ignored)| {
+        let eni = ignored.id().map_or_else(|| format!("ENI {mac}"), String::from);
+        (eni, Trouble { state: State::Pending, why: why.into() })
+    })
+}
+
 /// The links that metadata may come to tell of.
 fn unlisted_troubles(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(String, Trouble)> {
     let trouble = |mac| Trouble { state: State::Pending, why: format!("metadata does not list its MAC {mac}") };
@@ -644,7 +655,7 @@ async fn what_is_ours(netlink: &mut Netlink, share: Option<&Share>, options: &Op
     let observed = netlink.observe().await?;
     let ledger = ledger::load(&options.directory).of_machine(&observed);
     let observed = ledger.recall(observed, options.config.mark);
-    let plan = release(&observed, &ledger, &options.config);
+    let plan = release(&observed, share, &ledger, &options.config);
     let mut plan = match share {
         Some(share) => share.only(plan),
         None => plan,

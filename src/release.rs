@@ -10,8 +10,9 @@ use crate::plan::{LeftAlone, Plan, Step, spare_shared_rules};
 use crate::policy;
 use crate::selection::ignored_links;
 
-/// What has to go, in the order of operations: addresses, rules, routes, then the links as they were found.
-pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
+/// What has to go, in the order of operations: addresses, rules, routes, then the links as they were found. What is on ignored links
+/// stays, but on one whose ENI was named.
+pub fn release(observed: &Observed, named: Option<&Share>, ledger: &Ledger, config: &Config) -> Plan {
     let mut steps = Vec::new();
     let mut push = |operation: Operation, reason: &str| {
         steps.push(Step { eni: None, operation, reason: reason.into() });
@@ -39,7 +40,9 @@ pub fn release(observed: &Observed, ledger: &Ledger, config: &Config) -> Plan {
             }
         }
     }
-    let left_alone = LeftAlone::of_links(ignored_links(observed, config), observed, config);
+    let is_named = |index: &u32| named.is_some_and(|named| named.link == *index);
+    let ignored = ignored_links(observed, config).into_iter().filter(|index| !is_named(index)).collect();
+    let left_alone = LeftAlone::of_links(ignored, observed, config);
     steps.retain(|step| !left_alone.has(&step.operation));
     spare_shared_rules(&mut steps, &BTreeSet::new(), observed, config);
     steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));

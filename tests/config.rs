@@ -740,7 +740,9 @@ fn what_rules_of_an_eni_that_comes_to_be_ignored_take_is_given_to_nobody() {
                     ensure!(run.exit == 3 && run.stderr.contains(words), "{holder}: {}: {}", run.exit, run.stderr);
                     ensure!(!ip("addr show")?.contains("10.0.1.23/"), "{holder}: a link has it");
                 }
-                ensure!(machine.eniup("release --eni eni-0123456789abcdef2")?.exit == 0);
+                // Who names it means it, whatever the configuration says.
+                let release = machine.eniup(&format!("release --eni eni-0123456789abcdef2 --config {file}"))?;
+                ensure!(release.exit == 0 && release.stderr.contains("rule del"), "{}", release.stderr);
                 let run = machine.eniup(&format!("reconcile --config {file}"))?;
                 ensure!(
                     run.exit == 0 && ip(&format!("addr show eth0{holder}"))?.contains("10.0.1.23/"),

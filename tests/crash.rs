@@ -194,7 +194,7 @@ fn a_killed_release_is_finished_by_the_next_and_undone_by_a_reconcile() {
                 let whole = settled_dump()?;
                 let mut k = 0;
                 loop {
-                    let steps = release(&observe()?, &ledger::load(&machine.directory), &Config::default()).steps;
+                    let steps = release(&observe()?, None, &ledger::load(&machine.directory), &Config::default()).steps;
                     carry_out(&steps[..k])?;
                     // In turn, so that each leaves the next a machine as it should be.
                     let (arguments, wanted) = if k % 2 == 0 { ("reconcile", &whole) } else { ("release", &found) };

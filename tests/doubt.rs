@@ -248,7 +248,7 @@ fn what_is_left_alone_becomes_ours_on_proof_only_and_by_hand_at_once() {
                 let run = |verb: &str, group: &str, is_managed: bool| -> Result<()> {
                     machine.publish(of_group(group)?);
                     let run = machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()))?;
-                    let exit = if group.is_empty() { 3 } else { 0 };
+                    let exit = if is_managed || group == "eks-nodes" { 0 } else { 3 };
                     ensure!(run.exit == exit, "{verb} {group}: {} {}", run.exit, run.stderr);
                     ensure!(ip("addr show eth03")?.contains("10.0.1.") == is_managed, "{verb} {group}: {}", run.stderr);
                     Ok(())
@@ -269,6 +269,65 @@ fn what_is_left_alone_becomes_ours_on_proof_only_and_by_hand_at_once() {
             .with_context(|| format!("by hand: {is_by_hand}"))?;
         }
         Ok(())
+    });
+}
+
+/// It is given to nobody meanwhile.
+#[test]
+fn what_goes_to_an_eni_that_is_still_left_alone_stays_where_it_is() {
+    inside(|| {
+        let with_groups = |group: &str, holder: u8| -> Result<Leaves> {
+            let mut leaves = and(told(SHARED)?, holder, "local-ipv4s", "10.0.1.77");
+            for eni in 1..=3 {
+                leaves.insert(path(eni, "security-groups"), if eni == 3 { group } else { "web" }.into());
+                leaves.insert(path(eni, "security-group-ids"), "sg-1".into());
+            }
+            Ok(leaves)
+        };
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+            let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
+            machine.publish(with_groups("eks-nodes", 2)?);
+            machine.eniup(&verb)?;
+            ensure!(holders("10.0.1.77")? == [2], "{:?}", holders("10.0.1.77")?);
+            age_arrivals(machine, ARRIVAL_DOUBT)?;
+            machine.publish(with_groups("web", 3)?);
+            let run = machine.eniup(&verb)?;
+            let is_named = run.stderr.contains("eni-03 is pending: it was left alone until now");
+            ensure!(run.exit == 3 && is_named, "{}: {}", run.exit, run.stderr);
+            ensure!(holders("10.0.1.77")? == [2] && leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
+            age_notes(machine, PROOF_PAUSE)?;
+            let run = machine.eniup(&verb)?;
+            ensure!(run.exit == 0 && holders("10.0.1.77")? == [3], "{}: {}", run.exit, run.stderr);
+            Ok(())
+        })
+    });
+}
+
+/// A family that the primary does not have: the only default is the first ENI's that has it, and stays so while that is left alone.
+#[test]
+fn a_default_in_main_of_an_eni_that_comes_to_be_ignored_is_in_nobodys_way() {
+    inside(|| {
+        let mut leaves = told(SHARED)?;
+        for eni in BOTH {
+            leaves.insert(path(eni, "ipv6s"), format!("2600:1f16::2{eni}"));
+            leaves.insert(path(eni, "subnet-ipv6-cidr-blocks"), "2600:1f16::/64".into());
+        }
+        with_scenario(SHARED, |machine| {
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            let default = || ip("-6 route show default table main");
+            ensure!(default()?.contains("dev eth02"), "{}", default()?);
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, "[[ignore]]\nmac = '02:00:00:00:00:02'\n")?;
+            for verb in ["reconcile --automatic", "reconcile"] {
+                let run = machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()))?;
+                ensure!(run.exit == 0 && default()?.contains("dev eth02"), "{verb}: {} {}", run.exit, run.stderr);
+            }
+            Ok(())
+        })
     });
 }
 

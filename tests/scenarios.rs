@@ -126,7 +126,7 @@ fn who_ignores_enis_that_were_configured_finds_them_as_they_were() {
 
         let config = ignoring("link = \"*\"");
         let mut after = observed.clone();
-        apply(&mut after, &release(&observed, &Ledger::default(), &config));
+        apply(&mut after, &release(&observed, None, &Ledger::default(), &config));
         assert_eq!(guards(&after), guards(&observed), "{name}: released");
     }
 }
@@ -195,7 +195,7 @@ fn from_any_scenario_to_any_other_one_run_converges_and_nothing_foreign_is_touch
             assert_eq!(to.plan(&observed).steps, [], "{name}");
             assert_foreign_untouched(&before, &observed, &name);
 
-            let plan = release(&observed, &Ledger::default(), &Config::default());
+            let plan = release(&observed, None, &Ledger::default(), &Config::default());
             apply(&mut observed, &plan);
             assert_foreign_untouched(&before, &observed, &name);
             let config = Config::default();
@@ -251,7 +251,7 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_the_ledger_says_which_are_ours
         assert_eq!(observed.addresses, forgetting(remembering).addresses, "{name}");
 
         let mut recalled = ledger.recall(observed, Config::default().mark);
-        let release = release(&recalled, &ledger, &Config::default());
+        let release = release(&recalled, None, &ledger, &Config::default());
         apply(&mut recalled, &release);
         assert_eq!(forgetting(recalled).addresses, untouched.addresses, "{name}: release");
     }

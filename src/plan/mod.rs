@@ -141,14 +141,13 @@ struct Keep {
     rules: BTreeSet<Rule>,
 }
 
-/// Whether a pending ENI, which keeps all it has, has its route in this one's place in `main`.
+/// Whether an ENI that keeps all it has, pending or left alone, has its route in this one's place in `main`.
 fn is_place_kept(wanted: &Route, desired: &Desired, observed: &Observed) -> bool {
     let place = |route: &Route| (route.table, route.destination, route.metric, route.protocol);
-    let is_pendings = |index: u32| {
-        observed.links.get(&index).and_then(|link| link.mac).is_some_and(|mac| desired.pending.contains(&mac))
-    };
+    let keeps_all = |mac: MacAddr| desired.pending.contains(&mac) || desired.left_alone.contains(&mac);
+    let is_keepers = |index: u32| observed.links.get(&index).and_then(|link| link.mac).is_some_and(keeps_all);
     wanted.table == policy::MAIN_TABLE
-        && observed.routes.iter().any(|(link, route)| place(route) == place(wanted) && link.is_some_and(is_pendings))
+        && observed.routes.iter().any(|(link, route)| place(route) == place(wanted) && link.is_some_and(is_keepers))
 }
 
 /// A second IPv4 address of the same subnet and length would be the kernel's secondary of the first, and go with it when that

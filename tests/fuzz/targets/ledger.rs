@@ -18,9 +18,9 @@ fuzz_target!(|bytes: &[u8]| {
     // This kernel remembers whose its addresses are.
     assert_eq!(ledger.recall(before.clone(), config.mark), before);
     assert_eq!(ledger.noting(&[], &before).noting(&[], &before), ledger.noting(&[], &before));
-    let plan = release(&before, &ledger, &config);
+    let plan = release(&before, None, &ledger, &config);
     let mut after = before.clone();
     apply(&mut after, &plan);
     promises::nothing_foreign_goes(&plan, &before, &config);
-    assert_eq!(release(&after, &ledger, &config).steps, []);
+    assert_eq!(release(&after, None, &ledger, &config).steps, []);
 });
