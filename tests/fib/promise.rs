@@ -65,12 +65,13 @@ fn keeps_the_primarys_replies_symmetric(attached: &Attached, observed: &Observed
     let own = link_of(observed, attached.primary);
     let primary = attached.primary_eni().context("a primary")?;
     for family in Family::BOTH {
-        for (source, _) in sources(primary, family).into_iter().filter(|(_, is_delegated)| !is_delegated) {
+        for (source, is_delegated) in sources(primary, family) {
             for to in to.iter().filter(|to| is_in_a_secondarys_subnet(attached, to)) {
                 if to.address.family() != family {
                     continue;
                 }
-                let answer = lookup(observed, &local(Some(source), to.address));
+                let packet = Packet { input: is_delegated.then_some(BRIDGE), ..local(Some(source), to.address) };
+                let answer = lookup(observed, &packet);
                 ensure!(matches!(answer.way, Way::Out { link, .. } if link == own), "{source} → {to:?}: {answer:#?}");
             }
         }
@@ -98,8 +99,8 @@ fn neighbours_stay_neighbours(attached: &Attached, observed: &Observed) -> Resul
 /// Everything that uses no address of a secondary ENI goes as it went, but for three things that are meant:
 /// - what looks for a default of a family that the primary has not, and that `main` had none for, finds the one by the
 ///   first secondary ENI that has it;
-/// - the primary's addresses reach other ENIs' subnets by the primary;
-/// - what the primary's addresses sent by `main`'s default and another ENI's link leaves by the primary.
+/// - the primary's addresses and delegated prefixes reach other ENIs' subnets by the primary;
+/// - what those sent by `main`'s default and another ENI's link leaves by the primary.
 fn changes_nothing_else(
     attached: &Attached,
     before: &Observed,
@@ -159,7 +160,8 @@ fn unconcerned(attached: &Attached, observed: &Observed, to: &Destination) -> Ve
             }
             // Forwarded by a NAT box or a firewall, whoever's address it is; but a delegated prefix is its ENI's.
             if is_primarys || !is_delegated {
-                packets.push((Packet { source: Some(source), input: Some(primarys_link), ..unbound }, false));
+                let packet = Packet { source: Some(source), input: Some(primarys_link), ..unbound };
+                packets.push((packet, is_primarys && is_delegated));
             }
         }
     }
