@@ -76,10 +76,8 @@ fn conflicts_with(
         let of_ready: BTreeSet<u32> = ready().flat_map(of_eni).collect();
         let tables = routes_of(link, observed, config).map(|route| route.table);
         let tables: BTreeSet<u32> = tables.filter(|table| !of_ready.contains(table)).collect();
-        let captures = |rule: &&Rule| {
-            let is_of_tables = policy::owns_rule(config, rule) && tables.contains(&rule.table);
-            is_of_tables && rule.to.is_none() && rule.from.is_some()
-        };
+        let captures =
+            |rule: &&Rule| policy::is_source_rule(config, rule) && tables.contains(&rule.table) && rule.to.is_none();
         let captures: Vec<&Rule> = observed.rules.iter().filter(captures).collect();
         let mut held = Own::on(link, None, observed, config).sources;
         let is_by_rule = |source: &IpNet| captures.iter().any(|rule| rule.from == Some(*source));

@@ -35,7 +35,7 @@ impl Own {
             policy::is_of_prefix(rule) || is_narrow(rule) && policy::is_of_prefix(&Rule { to: None, ..rule.clone() })
         };
         let is_prefix =
-            |rule: &&Rule| policy::owns_rule(config, rule) && is_of_prefix(rule) && tables.contains(&rule.table);
+            |rule: &&Rule| policy::is_source_rule(config, rule) && is_of_prefix(rule) && tables.contains(&rule.table);
         let is_subnet = |route: &&&Route| route.kind == RouteKind::Unicast && route.gateway.is_none();
         // An IPv6 table also has the link-local one, which is every link's.
         let in_tables = routes.iter().filter(is_subnet).map(|route| route.destination);
@@ -52,7 +52,7 @@ impl Own {
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         let leads_here =
-            |rule: &&Rule| policy::owns_rule(config, rule) && !is_of_prefix(rule) && tables.contains(&rule.table);
+            |rule: &&Rule| policy::is_source_rule(config, rule) && !is_of_prefix(rule) && tables.contains(&rule.table);
         let is_served = |address: &IpAddr| {
             let mut from = observed.rules.iter().filter(leads_here).filter_map(|rule| rule.from);
             from.any(|from| from.contains(address))

@@ -298,6 +298,12 @@ pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
     rule.protocol == config.mark && !rule.has_more
 }
 
+/// Whether this is one of ours for what an ENI sends, and no copy of somebody's that is tried once more.
+pub fn is_source_rule(config: &Config, rule: &Rule) -> bool {
+    let is_copy = rule.priority < config.table_base && rule.goto.is_none() && rule.to.is_none();
+    owns_rule(config, rule) && rule.from.is_some() && !rule.is_inverted && !is_copy
+}
+
 /// Whether this is a rule for all traffic of a source, as those of delegated prefixes are.
 pub fn is_of_prefix(rule: &Rule) -> bool {
     rule.from.is_some() && rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none()
