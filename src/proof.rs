@@ -21,7 +21,7 @@ use crate::policy;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Lost {
     pub mac: MacAddr,
-    /// None: the whole ENI.
+    /// None: the whole ENI, or what is named below.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<IpNet>,
     /// Of the primary: its way to this subnet.
