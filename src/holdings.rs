@@ -95,10 +95,11 @@ impl Own {
     }
 }
 
-/// Ours by this link in tables of ENIs.
+/// Ours by this link in tables of ENIs. One in a table of last resorts is astray, and tells of nothing.
 pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> impl Iterator<Item = &'a Route> {
     let on_link = observed.routes.iter().filter(move |(index, _)| *index == Some(link.index)).map(|(_, route)| route);
-    on_link.filter(move |route| policy::owns_route(config, route) && route.table != policy::MAIN_TABLE)
+    let is_enis = |table| table != policy::MAIN_TABLE && !policy::is_last_table(config, table);
+    on_link.filter(move |route| policy::owns_route(config, route) && is_enis(route.table))
 }
 
 /// The subnets of other ENIs to which our rules send the primary's traffic by its own table.

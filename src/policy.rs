@@ -185,6 +185,12 @@ pub fn last_table(config: &Config, table: u32, family: Family) -> u32 {
     }
 }
 
+/// Whether this is one of those that hold a last resort and nothing else.
+pub fn is_last_table(config: &Config, table: u32) -> bool {
+    let first = config.table_base + config.subnet_rule_offset;
+    (first..first + SLOTS).contains(&table)
+}
+
 /// The rule that leads to the last resort what this one, an ENI's, led to no route.
 pub fn last_rule(config: &Config, rule: &Rule) -> Option<Rule> {
     let table = last_table(config, rule.table, rule.family);
