@@ -211,15 +211,20 @@ impl Ground {
         Ok(self.machine.say(script)?.text)
     }
 
-    /// Until nothing is under way: no event of udev's, no job of systemd's, no run of eniup's.
-    pub fn settle(&mut self) -> Result<()> {
-        let script = "udevadm settle; n=0
-            while test -n \"$(systemctl list-jobs --no-legend)\" || \
-                systemctl show -P ActiveState eniup-hotplug.service eniup-refresh.service | grep -q activating; do
-                n=$((n + 1)); test $n -lt 300 || { systemctl list-jobs; exit 1; }
-                sleep 0.2
-            done";
-        self.run(script).map(|_| ())
+    /// Until nothing is under way: no event of udev's, no job of systemd's, no run of eniup's. How many times it had to look.
+    pub fn settle(&mut self) -> Result<u64> {
+        let script = "udevadm settle; systemctl list-jobs --no-legend
+            systemctl show -P ActiveState eniup-hotplug.service eniup-refresh.service | grep activating; true";
+        let begun = Instant::now();
+        for looks in 1.. {
+            let under_way = self.run(script)?;
+            if under_way.trim().is_empty() {
+                return Ok(looks);
+            }
+            ensure!(begun.elapsed() < Duration::from_secs(300), "it is busy for ever: {under_way}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        unreachable!("it looks until one of both")
     }
 
     /// Does something while somebody pings all these addresses a hundred times a second and has a connection to each.
