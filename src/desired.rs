@@ -168,7 +168,7 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
             routes.extend(main_default(eni, family, config));
         }
         if !choices.is_isolated() && choices.main_routes == Some(MainRoutes::Connected) {
-            routes.extend(connected_routes(eni, family, config));
+            routes.extend(connected_routes(eni, family, table, config));
         }
         rules.extend(source_rules(machine, mac, eni, family));
     }
@@ -244,9 +244,9 @@ fn link_local_route(eni: &Eni, family: Family, table: u32, config: &Config) -> O
 }
 
 /// For unbound traffic to the ENI's neighbours, as chosen. Behind any other manager's route to the same subnet.
-fn connected_routes(eni: &Eni, family: Family, config: &Config) -> Vec<Wanted<Route>> {
+fn connected_routes(eni: &Eni, family: Family, table: u32, config: &Config) -> Vec<Wanted<Route>> {
     let route = |subnet| Route {
-        metric: policy::MAIN_METRIC,
+        metric: policy::chosen_metric(config, table),
         ..policy::route(config, subnet, None, policy::MAIN_TABLE, family)
     };
     let reason = format!("unbound traffic to {}'s subnet leaves by it, as configured", eni.id);
@@ -264,12 +264,13 @@ fn chosen_routes(eni: &Eni, family: Family, table: u32, choices: &Choices, confi
             let route = Route { is_onlink, metric, ..policy::route(config, chosen.to, Some(gateway), table, family) };
             wanted(route, format!("configured for {}", eni.id))
         };
+        let in_own = || in_table(table, policy::metric(family));
+        let in_main = || in_table(policy::MAIN_TABLE, policy::chosen_metric(config, table));
         match chosen.tables {
-            _ if choices.is_isolated() => routes.push(in_table(table, policy::metric(family))),
-            Tables::Eni => routes.push(in_table(table, policy::metric(family))),
-            Tables::Main => routes.push(in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)),
-            Tables::Both => routes
-                .extend([in_table(table, policy::metric(family)), in_table(policy::MAIN_TABLE, policy::MAIN_METRIC)]),
+            _ if choices.is_isolated() => routes.push(in_own()),
+            Tables::Eni => routes.push(in_own()),
+            Tables::Main => routes.push(in_main()),
+            Tables::Both => routes.extend([in_own(), in_main()]),
         }
     }
     routes

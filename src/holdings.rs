@@ -26,13 +26,10 @@ impl Own {
         let routes: Vec<&Route> = routes_of(link, observed, config).collect();
         let mut tables: BTreeSet<u32> = routes.iter().map(|route| route.table).collect();
         tables.extend(eni.map(|eni| policy::table(config, eni.slot)));
-        // Of the primary such a rule is for another ENI's subnet.
-        let is_narrow = |rule: &Rule| {
-            let is_first = (rule.table, rule.priority) == (config.table_base, config.table_base);
-            is_first && rule.to.is_some()
-        };
-        let is_of_prefix = |rule: &Rule| {
-            policy::is_of_prefix(rule) || is_narrow(rule) && policy::is_of_prefix(&Rule { to: None, ..rule.clone() })
+        let is_of_prefix = |rule: &Rule| match policy::keeps_primary_apart(config, rule, config.table_base) {
+            // Of the primary such a rule is for another ENI's subnet.
+            true => policy::is_of_prefix(&Rule { to: None, ..rule.clone() }),
+            false => policy::is_of_prefix(rule),
         };
         let is_prefix =
             |rule: &&Rule| policy::is_source_rule(config, rule) && is_of_prefix(rule) && tables.contains(&rule.table);
@@ -105,8 +102,8 @@ pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> im
 /// The subnets of other ENIs to which our rules send the primary's traffic by its own table.
 pub fn kept_apart_from(primary: &Eni, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
     let table = policy::table(config, primary.slot);
-    let is_narrow = |rule: &&Rule| policy::owns_rule(config, rule) && (rule.table, rule.priority) == (table, table);
-    observed.rules.iter().filter(is_narrow).filter_map(|rule| rule.to).collect()
+    let narrow = observed.rules.iter().filter(|rule| policy::keeps_primary_apart(config, rule, table));
+    narrow.filter_map(|rule| rule.to).collect()
 }
 
 /// Subnets of a prefix's family.

@@ -149,6 +149,12 @@ pub fn metric(family: Family) -> u32 {
     }
 }
 
+/// The metric of routes in `main` that are chosen for the ENI with this table: behind the default, which is one ENI's alone. No two
+/// ENIs have the same, or one would keep the other's route to the same place out.
+pub fn chosen_metric(config: &Config, table: u32) -> u32 {
+    MAIN_METRIC + (table - config.table_base)
+}
+
 /// An address as we add it: its way back is in the ENI's own table, so the kernel makes no connected route in `main`.
 pub fn address(config: &Config, net: IpNet, is_deprecated: bool) -> Address {
     Address { net, is_deprecated, has_prefix_route: false, is_leased: false, protocol: config.mark }
@@ -308,6 +314,11 @@ pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
 pub fn is_source_rule(config: &Config, rule: &Rule) -> bool {
     let is_copy = rule.priority < config.table_base && rule.goto.is_none() && rule.to.is_none();
     owns_rule(config, rule) && rule.from.is_some() && !rule.is_inverted && !is_copy
+}
+
+/// Whether this sends what the primary, of this table, has for another ENI's subnet by its own link.
+pub fn keeps_primary_apart(config: &Config, rule: &Rule, table: u32) -> bool {
+    owns_rule(config, rule) && (rule.table, rule.priority) == (table, table) && rule.to.is_some()
 }
 
 /// Whether this is a rule for all traffic of a source, as those of delegated prefixes are.
