@@ -164,7 +164,7 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
         routes.push(wanted(policy::unreachable_default(config, table, family), reason));
         routes.extend(table_routes(eni, family, table, config));
         routes.extend(link_local_route(eni, family, table, config));
-        if is_first_of_missing_family(attached, mac, family) || still_stands_in(attached, mac, family) {
+        if stands_in_for_primary(attached, mac, family) || still_stands_in(attached, mac, family) {
             routes.extend(main_default(eni, family, config));
         }
         if !choices.is_isolated() && choices.main_routes == Some(MainRoutes::Connected) {
@@ -284,16 +284,17 @@ fn main_default(eni: &Eni, family: Family, config: &Config) -> Option<Wanted<Rou
         metric: policy::MAIN_METRIC,
         ..policy::route(config, family.everything(), Some(eni.router(family)?), policy::MAIN_TABLE, family)
     };
-    Some(wanted(route, format!("the primary ENI has no {family}, and {} is the first that has", eni.id)))
+    Some(wanted(route, format!("the primary ENI has no {family}, and {} stands in for it", eni.id)))
 }
 
-/// Whether this ENI is the first (by card, then device) with a family that the primary ENI is known not to have. One that is
-/// isolated does not count.
-fn is_first_of_missing_family(attached: &Attached, mac: MacAddr, family: Family) -> bool {
+/// Whether this ENI has the default of a family that the primary ENI is known not to have: the one that does already, else the first
+/// (by card, then device) with that family. One that is isolated does not count.
+fn stands_in_for_primary(attached: &Attached, mac: MacAddr, family: Family) -> bool {
     let is_missing = attached.primary_eni().is_some_and(|primary| primary.addresses(family).is_empty());
     let with_family =
         attached.ready.iter().filter(|(mac, eni)| eni.has_family(family) && !is_isolated(attached, **mac));
-    is_missing && with_family.min_by_key(|(_, eni)| eni.slot).is_some_and(|(first, _)| *first == mac)
+    let rank = |eni: &Eni| (!eni.stands_in.contains(&family), eni.slot);
+    is_missing && with_family.min_by_key(|(_, eni)| rank(eni)).is_some_and(|(first, _)| *first == mac)
 }
 
 /// Whether this ENI has the only default of a family that the primary ENI has come to have, without proof yet.

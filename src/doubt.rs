@@ -149,10 +149,13 @@ fn leave_to_distribution(attached: &Attached, observed: &Observed, config: &Conf
     let of_family = |family| {
         let told = eni.addresses(family);
         let leased = told.iter().find(|address| of_others(address).is_some_and(|there| there.is_leased));
+        // The first one never changes, so what is told instead of one that is leased is not it.
+        let has_lease =
+            family == Family::V4 && foreign.iter().any(|there| there.is_leased && there.net.addr().is_ipv4());
         let is_ours = |address: &&IpAddr| is_on_link(**address) && of_others(address).is_none();
         let first = || told.first().filter(|address| !is_ours(address));
         let there = || told.iter().find(|address| of_others(address).is_some());
-        leased.or_else(first).or_else(there).copied()
+        if has_lease { leased.copied() } else { leased.or_else(first).or_else(there).copied() }
     };
     eni.distributions = Some(Family::BOTH.into_iter().filter_map(of_family).collect());
     let doubtful: BTreeSet<IpNet> =
@@ -222,6 +225,21 @@ pub fn prefer_as_is(attached: &mut Attached, observed: &Observed, config: &Confi
         let (ours, of_others) = (preferred(true), preferred(false));
         let is_first = eni.ipv6s.first().is_some_and(|first| ours.contains(first) || of_others.contains(first));
         eni.prefers = ours.first().or(of_others.first()).copied().filter(|_| !is_first);
+    }
+}
+
+/// Which ENI has the default of a family that the primary lacks is not changed by another one that comes.
+pub fn stand_in_as_is(attached: &mut Attached, observed: &Observed, config: &Config) {
+    let lacks = |family: &Family| attached.primary_eni().is_some_and(|primary| primary.addresses(*family).is_empty());
+    for family in Family::BOTH.into_iter().filter(lacks).collect::<Vec<_>>() {
+        let is_ours = |route: &Route| {
+            let is_default = (route.table, route.destination) == (policy::MAIN_TABLE, family.everything());
+            is_default && policy::owns_route(config, route) && route.metric == policy::MAIN_METRIC
+        };
+        let ours = observed.routes.iter().filter(|(_, route)| is_ours(route));
+        for mac in ours.filter_map(|(index, _)| observed.links.get(&(*index)?)?.mac) {
+            attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
+        }
     }
 }
 

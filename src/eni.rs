@@ -52,7 +52,7 @@ pub struct Eni {
     /// The IPv6 address from which unbound sockets talk, when the kernel has one already; else it is the first. Metadata may name them
     /// in another order, or lack one for a moment.
     pub prefers: Option<Ipv6Addr>,
-    /// Families whose only default in `main` is by it and ours, and stays for want of proof that the primary has them.
+    /// Families whose default in `main` is by it and ours already, while the primary has none of them, or that is not proven.
     pub stands_in: BTreeSet<Family>,
 }
 
@@ -343,7 +343,7 @@ pub struct Attached {
     pub held: BTreeSet<(IpNet, Option<MacAddr>)>,
     /// Subnets from which our rules keep the primary's traffic, though metadata does not name them now: it may not tell all.
     pub earlier_subnets: BTreeSet<IpNet>,
-    /// Whether the best default in `main` is another ENI's than the primary's, or may be.
+    /// Whether `main` leads by another ENI than the primary: its best default, or what is said to be behind a pending one.
     pub is_main_anothers: bool,
     /// ENIs that were left alone, while it is not proven that they are not to be any more.
     pub still_left_alone: BTreeSet<MacAddr>,

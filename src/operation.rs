@@ -72,17 +72,21 @@ pub enum Operation {
 impl Operation {
     /// Operations are carried out by ascending phase. The moment the machine answers for an address, its way back is
     /// there: link, routes and rules come before it. The moment a rule goes, the addresses it served are gone. A new
-    /// address comes after rules that are no longer wanted, since one of them may cover it by another ENI's prefix.
+    /// address comes after rules that are no longer wanted, since one of them may cover it by another ENI's prefix. A route in
+    /// `main` is everybody's: it is there only while the rules are that keep the primary from it, and an address to talk from.
     pub fn phase(&self) -> u8 {
+        let is_mains = |route: &Route| route.table == MAIN_TABLE;
         match self {
             Operation::SetLink { .. } => 0,
-            Operation::AddRoute { .. } => 1,
+            Operation::AddRoute { route, .. } if !is_mains(route) => 1,
             Operation::AddRule { .. } => 2,
-            Operation::DeleteAddress { .. } => 3,
-            Operation::DeleteRule { .. } => 4,
-            Operation::AddAddress { .. } | Operation::ChangeAddress { .. } => 5,
-            Operation::DeleteRoute { .. } => 6,
-            Operation::ResetLink { .. } => 7,
+            Operation::DeleteRoute { route, .. } if is_mains(route) => 3,
+            Operation::DeleteAddress { .. } => 4,
+            Operation::DeleteRule { .. } => 5,
+            Operation::AddAddress { .. } | Operation::ChangeAddress { .. } => 6,
+            Operation::AddRoute { .. } => 7,
+            Operation::DeleteRoute { .. } => 8,
+            Operation::ResetLink { .. } => 9,
         }
     }
 

@@ -3,7 +3,7 @@
 // A length of time, no clock.
 use core::time::Duration;
 use std::collections::BTreeSet;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv6Net};
 
@@ -308,6 +308,20 @@ pub fn owns_route(config: &Config, route: &Route) -> bool {
 /// Our mark, and nothing that our rules never have.
 pub fn owns_rule(config: &Config, rule: &Rule) -> bool {
     rule.protocol == config.mark && !rule.has_more
+}
+
+/// Whether the route is in `main` for some destinations, each link's own ones left out.
+pub fn is_mains_for_some(route: &Route) -> bool {
+    let is_everything = route.destination.prefix_len() == 0;
+    route.table == MAIN_TABLE && route.kind.is_unicast() && !is_everything && !is_link_local(route)
+}
+
+/// Every link has such a route, and a packet to there is bound to its link.
+pub fn is_link_local(route: &Route) -> bool {
+    match route.destination.addr() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
 }
 
 /// Whether this is one of ours for what an ENI sends, and no copy of somebody's that is tried once more.

@@ -2,7 +2,6 @@
 //! it would take wrongly, and the way past rules of others that come before all of ours.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -23,7 +22,18 @@ pub struct Circumstances<'a, 'b> {
     /// By link index, as in `Observed`.
     pub routes: &'a BTreeSet<(Option<u32>, Route)>,
     pub rules: &'a BTreeSet<Rule>,
+    /// Those among them that are `apart_from_others`.
+    pub apart: &'a [OfEni<'b>],
     pub config: &'a Config,
+}
+
+impl<'a, 'b> Circumstances<'a, 'b> {
+    /// The wanted rules of an ENI, but those that follow from what others have configured otherwise.
+    fn rules_of(&self, eni: &'b DesiredEni) -> impl Iterator<Item = &'a Rule> {
+        let is_its = move |(of, _): &&OfEni| of.is_some_and(|of| std::ptr::eq(of, eni));
+        let rules = eni.rules.iter().map(|rule| &rule.object);
+        rules.chain(self.apart.iter().filter(is_its).map(|(_, rule)| &rule.object))
+    }
 }
 
 /// A rule, and the ENI that it is for; none: for all traffic.
@@ -54,7 +64,7 @@ pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>>
         }
         for (eni, _) in placed.values().filter(|(_, own)| own.index != link.index) {
             let is_meant = |rule: &&Rule| rule.family == destination.family() && wanted.contains(rule);
-            for rule in eni.rules.iter().map(|rule| &rule.object).filter(is_meant) {
+            for rule in circumstances.rules_of(eni).filter(is_meant) {
                 let Some(to) = narrower(rule.to, destination) else { continue };
                 let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
                 let priority = policy::priority_before_guard(config, &destination, rank);
@@ -81,13 +91,9 @@ pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>>
 /// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
 /// its link.
 fn main_routes(observed: &Observed, wanted: &BTreeSet<(Option<u32>, Route)>) -> BTreeSet<(Option<u32>, Route)> {
-    let is_link_local = |route: &Route| match route.destination.addr() {
-        IpAddr::V4(_) => false,
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    };
     let is_looked_at = |route: &Route| {
         let length = u32::from(route.destination.prefix_len());
-        route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !is_link_local(route)
+        route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !policy::is_link_local(route)
     };
     observed.routes.union(wanted).filter(|(_, route)| is_looked_at(route)).copied().collect()
 }
@@ -178,12 +184,57 @@ fn free_before_main(circumstances: &Circumstances, family: Family, narrowed: &[&
 
 /// Whether the best default in `main`, there or to come, leaves by an ENI that is not the primary, or may.
 fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
-    let Circumstances { desired, observed, primary, routes, config, .. } = circumstances;
-    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
-    let others = macs.filter(|mac| *mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten());
-    let others: BTreeSet<u32> = others.map(|link| link.index).collect();
+    let Circumstances { observed, routes, config, .. } = circumstances;
+    let others: BTreeSet<u32> = other_links(circumstances).into_iter().map(|link| link.index).collect();
     let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
-    policy::is_best_default_by(&others, foreign.chain(routes.iter()), family)
+    policy::is_best_default_by(&others, foreign.chain(routes.iter()).chain(&staying(circumstances)), family)
+}
+
+/// What is for unbound traffic, and what an ENI has that nobody knows more of, takes nothing that the primary's addresses send: to where
+/// `main` leads by another ENI as chosen, or by one that is pending, that goes by the primary's own table, as to those ENIs'
+/// subnets.
+pub fn apart_from_others<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
+    let Circumstances { desired, observed, placed, primary, routes, rules: wanted, config, .. } = circumstances;
+    let Some((eni, _)) = placed.get(primary) else { return Vec::new() };
+    let others = other_links(circumstances);
+    let of = |index: &Option<u32>| others.iter().copied().find(|link| *index == Some(link.index));
+    let is_pending =
+        |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !desired.left_alone.contains(&mac));
+    let is_foreign = |(index, route): &&(Option<u32>, Route)| {
+        !policy::owns_route(config, route) && of(index).is_some_and(is_pending)
+    };
+    let staying = staying(circumstances);
+    let leading = observed.routes.iter().filter(is_foreign).chain(routes.iter()).chain(&staying);
+    let leading = leading.filter(|(_, route)| policy::is_mains_for_some(route));
+    let leading = leading.filter_map(|(index, route)| Some((route.destination, of(index)?)));
+    let mut rules = BTreeMap::new();
+    for (to, link) in leading {
+        for rule in of_primary(circumstances, to.family()) {
+            let rule = Rule { to: Some(to), ..rule.clone() };
+            let reason =
+                format!("{}'s own traffic to {to}, which main has by {}, leaves by {}", eni.id, link.name, eni.id);
+            rules.entry(rule).or_insert(reason);
+        }
+    }
+    let new = rules.into_iter().filter(|(rule, _)| !wanted.contains(rule));
+    new.map(|(object, reason)| (Some(*eni), Wanted { object, reason })).collect()
+}
+
+/// Of the ENIs that are not the primary.
+fn other_links<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<&'a Link> {
+    let Circumstances { desired, observed, primary, .. } = circumstances;
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
+    macs.filter(|mac| *mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect()
+}
+
+/// Of our routes those that stay though they are not wanted now: by ENIs that keep what they have.
+fn staying(circumstances: &Circumstances) -> Vec<(Option<u32>, Route)> {
+    let Circumstances { observed, placed, config, .. } = circumstances;
+    let is_placed = |link: &Link| placed.values().any(|(_, placed)| placed.index == link.index);
+    let keepers: BTreeSet<Option<u32>> =
+        other_links(circumstances).into_iter().filter(|link| !is_placed(link)).map(|link| Some(link.index)).collect();
+    let stays = |(index, route): &&(Option<u32>, Route)| policy::owns_route(config, route) && keepers.contains(index);
+    observed.routes.iter().filter(stays).copied().collect()
 }
 
 /// What others have that is not to be got round, in words.
@@ -305,11 +356,11 @@ fn others_before_guard<'a>(circumstances: &Circumstances<'a, '_>, family: Family
 }
 
 /// The rules that lead the traffic of the ENIs that are here to their own tables.
-fn source_rules<'a, 'b>(circumstances: &Circumstances<'a, 'b>, family: Family) -> Vec<(&'b DesiredEni, &'b Rule)> {
-    let of_eni = |(eni, _): &(&'b DesiredEni, &'b Link)| -> Vec<(&'b DesiredEni, &'b Rule)> {
+fn source_rules<'a, 'b>(circumstances: &Circumstances<'a, 'b>, family: Family) -> Vec<(&'b DesiredEni, &'a Rule)> {
+    let of_eni = |(eni, _): &(&'b DesiredEni, &'b Link)| -> Vec<(&'b DesiredEni, &'a Rule)> {
         let eni = *eni;
         // Those to the last resort say the same once more.
-        let rules = eni.rules.iter().map(|rule| &rule.object).filter(|rule| rule.table == eni.table);
+        let rules = circumstances.rules_of(eni).filter(|rule| rule.table == eni.table);
         rules
             .filter(|rule| rule.family == family && circumstances.rules.contains(*rule))
             .map(|rule| (eni, rule))

@@ -8,12 +8,12 @@ use crate::config::Config;
 use crate::config::choices::Choices;
 use crate::config::selector::{Attribute, Facts, Selector};
 use crate::container_network::{ContainerNetwork, container_network};
-use crate::doubt::{held, leave_to_pending, prefer_as_is};
+use crate::doubt::{held, leave_to_pending, prefer_as_is, stand_in_as_is};
 use crate::eni::{Attached, Eni, Ignored, Known, Pending, Reason};
 use crate::holdings::{kept_apart_from, routes_of};
 use crate::markers::Files;
 use crate::metadata::{self, Tree, told};
-use crate::net::{Family, Link, MacAddr, Observed};
+use crate::net::{Family, Link, MacAddr, Observed, Route};
 use crate::policy;
 
 /// The attached ENIs with those set aside that are to be left alone, or may be.
@@ -81,6 +81,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
     selected.is_main_anothers = is_main_anothers(&selected, observed, config);
     selected.held = held(&selected, observed, config);
     prefer_as_is(&mut selected, observed, config);
+    stand_in_as_is(&mut selected, observed, config);
     selected
 }
 
@@ -99,14 +100,24 @@ fn subnets_kept_apart(selected: &Attached, observed: &Observed, config: &Config)
     kept_apart.intersection(&of_ignored).copied().collect()
 }
 
-/// By what others have put there: where it is one ENI's, the primary's addresses need their own.
+/// By what others have put there, and what of ours stays as its ENI is not configured: where the default is one ENI's, or other
+/// destinations are behind one of which nobody knows more, the primary's addresses need their own.
 fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -> bool {
-    let others: BTreeSet<MacAddr> = selected.macs().filter(|mac| *mac != selected.primary).collect();
-    let links = observed.links.values().filter(|link| policy::can_be_eni(link));
-    let links = links.filter(|link| link.mac.is_some_and(|mac| others.contains(&mac))).map(|link| link.index);
-    let links: BTreeSet<u32> = links.collect();
-    let foreign = || observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
-    Family::BOTH.into_iter().any(|family| policy::is_best_default_by(&links, foreign(), family))
+    let links_of = |macs: BTreeSet<MacAddr>| -> BTreeSet<u32> {
+        let links = observed.links.values().filter(|link| policy::can_be_eni(link));
+        links.filter(|link| link.mac.is_some_and(|mac| macs.contains(&mac))).map(|link| link.index).collect()
+    };
+    let others = links_of(selected.macs().filter(|mac| *mac != selected.primary).collect());
+    let keepers = links_of(selected.pending.keys().chain(selected.ignored.keys()).copied().collect());
+    let stays = |index: &Option<u32>| index.is_some_and(|index| keepers.contains(&index));
+    let there = || observed.routes.iter().filter(|(index, route)| !policy::owns_route(config, route) || stays(index));
+    let of_pending =
+        links_of(selected.pending.keys().filter(|mac| !selected.undecided.contains(mac)).copied().collect());
+    let leads_to_pending = |(index, route): &(Option<u32>, Route)| {
+        index.is_some_and(|index| of_pending.contains(&index)) && policy::is_mains_for_some(route)
+    };
+    Family::BOTH.into_iter().any(|family| policy::is_best_default_by(&others, there(), family))
+        || there().any(leads_to_pending)
 }
 
 /// The ENIs of which it is sure that they are to be left alone.

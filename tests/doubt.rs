@@ -640,13 +640,17 @@ fn one_read_that_names_anothers_address_first_of_the_primarys_gives_it_nothing()
                     machine.reconcile(0)?;
                     ensure!(holders(address)? == [2], "{:?}", holders(address)?);
                     let mut lie = whole;
-                    let list = lie.get_mut(&path(1, "local-ipv4s")).context("no list")?;
-                    *list = format!("{address}\n{list}");
-                    machine.publish(lie);
-                    let run = machine.eniup(verb)?;
-                    ensure!(run.exit == 3 && holders(address)? == [2], "{}: {}", run.exit, run.stderr);
-                    let neighbour = ip(&format!("route get 10.0.0.99 from {address}"))?;
-                    ensure!(neighbour.contains("dev eth02 ") && leaves_by(address)? == 2, "{neighbour}{}", run.stderr);
+                    let own = lie[&path(1, "local-ipv4s")].clone();
+                    // Before its own ones, and instead of them.
+                    for lies in [format!("{address}\n{own}"), address.to_string()] {
+                        lie.insert(path(1, "local-ipv4s"), lies);
+                        machine.publish(lie.clone());
+                        let run = machine.eniup(verb)?;
+                        ensure!(run.exit == 3 && holders(address)? == [2], "{}: {}", run.exit, run.stderr);
+                        let neighbour = ip(&format!("route get 10.0.0.99 from {address}"))?;
+                        let is_its = neighbour.contains("dev eth02 ") && leaves_by(address)? == 2;
+                        ensure!(is_its, "{neighbour}{}", run.stderr);
+                    }
                     Ok(())
                 })
                 .with_context(|| format!("{verb}: {address}"))?;
@@ -1089,6 +1093,162 @@ fn the_only_default_of_a_family_goes_on_proof_only() {
                 }
                 let run = machine.eniup("reconcile --automatic")?;
                 ensure!(run.exit == 0 && !has_default()?, "{}: {}", run.exit, run.stderr);
+                machine.assert_settled()
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// Unbound sockets talk by it and from its address.
+#[test]
+fn who_stands_in_for_the_primary_does_so_when_another_eni_comes() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            let mut leaves = told(SHARED)?;
+            let default = || ip("-6 route show default table main");
+            for eni in [3, 2] {
+                leaves.insert(path(eni, "ipv6s"), format!("2600:1f16::2{eni}"));
+                leaves.insert(path(eni, "subnet-ipv6-cidr-blocks"), "2600:1f16::/64".into());
+                machine.publish(leaves.clone());
+                machine.reconcile(0)?;
+                ensure!(default()?.contains("dev eth03 ") && default()?.lines().count() == 1, "{}", default()?);
+                machine.assert_settled()?;
+            }
+            // The other one takes its place when it has none any more.
+            leaves.retain(|key, _| !key.starts_with(&path(3, "ipv6s")) && *key != path(3, "subnet-ipv6-cidr-blocks"));
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            ensure!(default()?.contains("dev eth02 ") && default()?.lines().count() == 1, "{}", default()?);
+            machine.assert_settled()
+        })
+    });
+}
+
+/// Management by the primary, which has no default, and all else by another ENI, as configured: that one's default stays while it
+/// cannot be read or is left alone, and the primary's answers go by the primary.
+#[test]
+fn a_default_in_main_that_stays_is_not_the_primarys() {
+    inside(|| {
+        let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '0.0.0.0/0', table = 'main' }]\n";
+        for has_third in [false, true] {
+            with_scenario(SHARED, |machine| {
+                std::fs::create_dir_all(&machine.directory)?;
+                let config = machine.directory.join("test.toml");
+                std::fs::write(&config, chosen)?;
+                let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+                let mut leaves = told(SHARED)?;
+                leaves.retain(|key, _| has_third || !key.starts_with(&path(3, "")));
+                machine.publish(leaves.clone());
+                ip("route del default dev eth01")?;
+                run("reconcile")?;
+                let is_right = || {
+                    let default = ip("route show default table main")?;
+                    let is_only = default.contains("dev eth02 ") && default.lines().count() == 1;
+                    Ok::<_, anyhow::Error>(is_only && leaves_by("10.0.0.10")? == 1)
+                };
+                ensure!(is_right()?, "{}{}", ip("route")?, ip("rule")?);
+                for lie in [Lie::Unread, Lie::WithoutSubnet, Lie::Unlisted] {
+                    let mac = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 2]).context("six bytes")?;
+                    lie.tell(machine, mac, &leaves);
+                    let said = run("reconcile --automatic")?;
+                    ensure!(is_right()?, "{lie:?}: {} {}{}", said.exit, said.stderr, ip("rule")?);
+                    // As networkd does when it is restarted.
+                    for rule in ip("rule show")?.lines().filter(|rule| rule.contains(" lookup 20000 ")) {
+                        ip(&format!("rule del priority {}", rule.split(':').next().context("no priority")?))?;
+                    }
+                    let said = run("reconcile --automatic")?;
+                    ensure!(is_right()?, "{lie:?}, flushed: {} {}{}", said.exit, said.stderr, ip("rule")?);
+                    be_well(machine);
+                }
+                machine.publish(leaves);
+                std::fs::write(&config, format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
+                for verb in ["reconcile --automatic", "reconcile"] {
+                    let said = run(verb)?;
+                    ensure!(is_right()?, "ignored, {verb}: {} {}{}", said.exit, said.stderr, ip("rule")?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// That is for sockets that are bound to no address; what the primary sends from its own would be dropped by the VPC there.
+#[test]
+fn what_is_chosen_for_main_takes_nothing_from_the_primary() {
+    inside(|| {
+        let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+            let said = run("reconcile")?;
+            ensure!(said.exit == 0, "{}", said.stderr);
+            let left = run("plan")?;
+            ensure!(left.stdout.is_empty(), "left to do: {}", left.stdout);
+            let is_right = || {
+                let by = |from: &str, eni: u8| {
+                    Ok::<_, anyhow::Error>(
+                        ip(&format!("route get 10.50.0.1 {from}"))?.contains(&format!("dev eth0{eni} ")),
+                    )
+                };
+                Ok::<_, anyhow::Error>(by("", 2)? && by("from 10.0.0.10", 1)? && by("from 10.0.1.22", 3)?)
+            };
+            ensure!(is_right()?, "{}", ip("rule")?);
+            let leaves = told(SHARED)?;
+            for lie in [Lie::Unread, Lie::WithoutSubnet, Lie::Unlisted] {
+                let mac = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 2]).context("six bytes")?;
+                lie.tell(machine, mac, &leaves);
+                let said = run("reconcile --automatic")?;
+                ensure!(is_right()?, "{lie:?}: {} {}{}", said.exit, said.stderr, ip("rule")?);
+                be_well(machine);
+            }
+            machine.publish(leaves);
+            std::fs::write(&config, format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
+            for verb in ["reconcile --automatic", "reconcile"] {
+                let said = run(verb)?;
+                ensure!(is_right()?, "ignored, {verb}: {} {}{}", said.exit, said.stderr, ip("rule")?);
+            }
+            // With the route its rule goes.
+            std::fs::write(&config, "")?;
+            run("reconcile")?;
+            ensure!(!ip("rule")?.contains("10.50.0.0/16"), "{}", ip("rule")?);
+            machine.assert_settled()
+        })
+    });
+}
+
+/// The network manager is quicker than metadata, which does not tell its subnet yet.
+#[test]
+fn what_another_manager_puts_into_main_for_a_pending_eni_is_not_the_primarys() {
+    inside(|| {
+        for is_alone in [false, true] {
+            with_scenario(SHARED, |machine| {
+                let mut leaves = told(SHARED)?;
+                leaves.retain(|key, _| !is_alone || !key.starts_with(&path(3, "")));
+                let mac = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 2]).context("six bytes")?;
+                Lie::Bare.tell(machine, mac, &leaves);
+                fail(machine, &path(2, "subnet-ipv4-cidr-block"));
+                ip("link set eth02 up")?;
+                ip("addr add 10.0.1.20/24 dev eth02")?;
+                let way = || ip("route get 10.0.1.99 from 10.0.0.10");
+                ensure!(way()?.contains("dev eth02 "), "nothing is wrong: {}", way()?);
+                for _ in 0..2 {
+                    let said = machine.eniup("reconcile --automatic --timeout 300ms")?;
+                    ensure!(
+                        said.exit == 3 && way()?.contains("dev eth01 "),
+                        "{}{}: {}",
+                        way()?,
+                        said.exit,
+                        said.stderr
+                    );
+                }
+                be_well(machine);
+                machine.publish(leaves);
+                machine.reconcile(0)?;
+                ensure!(way()?.contains("dev eth01 "), "{}", way()?);
                 machine.assert_settled()
             })?;
         }

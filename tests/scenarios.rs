@@ -180,6 +180,20 @@ fn foreign(observed: &mut Observed) {
     observed.rules.insert(more);
 }
 
+/// A route in `main` is everybody's: while it is there, so are the rules that keep the primary from it and the addresses of its ENI.
+fn what_is_in_main_comes_last_and_goes_first(plan: &Plan, name: &str) {
+    let is_mains = |route: &Route| route.table == policy::MAIN_TABLE;
+    let place = |is: &dyn Fn(&Operation) -> bool| -> Vec<usize> {
+        (0..plan.steps.len()).filter(|n| is(&plan.steps[*n].operation)).collect()
+    };
+    let comes = place(&|operation| matches!(operation, Operation::AddRoute { route, .. } if is_mains(route)));
+    let goes = place(&|operation| matches!(operation, Operation::DeleteRoute { route, .. } if is_mains(route)));
+    let adds = place(&|operation| matches!(operation, Operation::AddRule { .. } | Operation::AddAddress { .. }));
+    let takes = place(&|operation| matches!(operation, Operation::DeleteRule { .. } | Operation::DeleteAddress { .. }));
+    assert!(comes.iter().all(|comes| adds.iter().all(|other| other < comes)), "{name}: {plan:#?}");
+    assert!(goes.iter().all(|goes| takes.iter().all(|other| goes < other)), "{name}: {plan:#?}");
+}
+
 #[test]
 fn from_any_scenario_to_any_other_one_run_converges_and_nothing_foreign_is_touched() {
     let scenarios = scenarios().unwrap();
@@ -191,6 +205,7 @@ fn from_any_scenario_to_any_other_one_run_converges_and_nothing_foreign_is_touch
             let before = observed.clone();
             apply(&mut observed, &plan_for(&from.attached, &before));
             let plan = to.plan(&observed);
+            what_is_in_main_comes_last_and_goes_first(&plan, &name);
             apply(&mut observed, &plan);
             assert_eq!(to.plan(&observed).steps, [], "{name}");
             assert_foreign_untouched(&before, &observed, &name);

@@ -15,7 +15,7 @@ use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, 
 use crate::operation::{LinkChange, LinkRef, Operation};
 use crate::place::{Trouble, find_link, place};
 use crate::policy;
-use crate::precedence::{Circumstances, OfEni, before_guard, before_main, limits, past_others};
+use crate::precedence::{Circumstances, OfEni, apart_from_others, before_guard, before_main, limits, past_others};
 
 /// What is to be done, in order, and what stands in the way.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -232,12 +232,16 @@ impl Plan {
             return Vec::new();
         }
         let Keep { routes, rules, .. } = keep;
-        let circumstances = Circumstances { desired, observed, placed, primary, routes, rules, config };
+        let circumstances = Circumstances { desired, observed, placed, primary, routes, rules, apart: &[], config };
+        let apart = apart_from_others(&circumstances);
+        let rules = rules.iter().chain(apart.iter().map(|(_, rule)| &rule.object)).cloned().collect();
+        let circumstances = Circumstances { rules: &rules, apart: &apart, ..circumstances };
         self.notes.extend(limits(&circumstances));
-        let mut rules = before_guard(&circumstances);
-        rules.extend(past_others(&circumstances, &rules));
-        rules.extend(before_main(&circumstances));
-        rules
+        let mut because = before_guard(&circumstances);
+        because.extend(past_others(&circumstances, &because));
+        because.extend(before_main(&circumstances));
+        because.extend(apart);
+        because
     }
 
     fn want_objects(

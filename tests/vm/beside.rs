@@ -10,8 +10,8 @@ use ipnet::IpNet;
 
 use crate::ground::{Attached, Ground};
 
-/// Longer than either of them ever needed.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// Longer than either of them ever needed, also for ten ENIs at once on a machine with other things to do.
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// As much of a quiet machine is looked at as the peer's timer needs for one turn.
 const QUIET: Duration = Duration::from_secs(90);

@@ -221,7 +221,7 @@ impl Ground {
             if under_way.trim().is_empty() {
                 return Ok(looks);
             }
-            ensure!(begun.elapsed() < Duration::from_secs(300), "it is busy for ever: {under_way}");
+            ensure!(begun.elapsed() < Duration::from_secs(900), "it is busy for ever: {under_way}");
             std::thread::sleep(Duration::from_millis(200));
         }
         unreachable!("it looks until one of both")
