@@ -192,32 +192,67 @@ fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
 
 /// What is for unbound traffic, and what an ENI has that nobody knows more of, takes nothing that the primary's addresses send: to where
 /// `main` leads by another ENI as chosen, or by one that is pending, that goes by the primary's own table, as to those ENIs'
-/// subnets.
+/// subnets. Somebody's routes by the primary's link are followed: those inside that destination by rules of their own.
 pub fn apart_from_others<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
-    let Circumstances { desired, observed, placed, primary, routes, rules: wanted, config, .. } = circumstances;
-    let Some((eni, _)) = placed.get(primary) else { return Vec::new() };
+    let Some((eni, _)) = circumstances.placed.get(&circumstances.primary) else { return Vec::new() };
+    let mut rules = BTreeMap::new();
+    let config = circumstances.config;
+    for Detour { to, link, inside, .. } in detours(circumstances).into_iter().filter(|detour| detour.around.is_none()) {
+        for rule in of_primary(circumstances, to.family()) {
+            let reason =
+                format!("{}'s own traffic to {to}, which main has by {}, leaves by {}", eni.id, link.name, eni.id);
+            rules.entry(Rule { to: Some(to), ..rule.clone() }).or_insert((Some(*eni), reason));
+            for to in &inside {
+                let priority = policy::priority_before_guard(config, to, 0);
+                let rule = Rule { to: Some(*to), table: policy::MAIN_TABLE, priority, ..rule.clone() };
+                rules
+                    .entry(rule)
+                    .or_insert((None, format!("somebody's route to {to} by the primary's link is followed")));
+            }
+        }
+    }
+    let new = rules.into_iter().filter(|(rule, _)| !circumstances.rules.contains(rule));
+    new.map(|(object, (eni, reason))| (eni, Wanted { object, reason })).collect()
+}
+
+/// A destination to which `main` leads by another ENI than the primary.
+struct Detour<'a> {
+    to: IpNet,
+    link: &'a Link,
+    /// Destinations of somebody's routes by the primary's link that are parts of it.
+    inside: Vec<IpNet>,
+    /// Of such a route that it is a part of.
+    around: Option<IpNet>,
+}
+
+fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
+    let Circumstances { desired, observed, placed, primary, routes, config, .. } = circumstances;
+    let Some((eni, of_primary)) = placed.get(primary) else { return Vec::new() };
     let others = other_links(circumstances);
     let of = |index: &Option<u32>| others.iter().copied().find(|link| *index == Some(link.index));
     let is_pending =
         |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !desired.left_alone.contains(&mac));
-    let is_foreign = |(index, route): &&(Option<u32>, Route)| {
-        !policy::owns_route(config, route) && of(index).is_some_and(is_pending)
+    let foreign = || {
+        let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
+        foreign.filter(|(_, route)| policy::is_mains_for_some(route))
     };
     let staying = staying(circumstances);
-    let leading = observed.routes.iter().filter(is_foreign).chain(routes.iter()).chain(&staying);
+    let by_pending = foreign().filter(|(index, _)| of(index).is_some_and(is_pending));
+    let leading = by_pending.chain(routes.iter()).chain(&staying);
     let leading = leading.filter(|(_, route)| policy::is_mains_for_some(route));
-    let leading = leading.filter_map(|(index, route)| Some((route.destination, of(index)?)));
-    let mut rules = BTreeMap::new();
-    for (to, link) in leading {
-        for rule in of_primary(circumstances, to.family()) {
-            let rule = Rule { to: Some(to), ..rule.clone() };
-            let reason =
-                format!("{}'s own traffic to {to}, which main has by {}, leaves by {}", eni.id, link.name, eni.id);
-            rules.entry(rule).or_insert(reason);
-        }
-    }
-    let new = rules.into_iter().filter(|(rule, _)| !wanted.contains(rule));
-    new.map(|(object, reason)| (Some(*eni), Wanted { object, reason })).collect()
+    // The table has these, too.
+    let has = |net: &IpNet| eni.routes.iter().any(|route| route.object.destination == *net);
+    let is_own = |(index, route): &&(Option<u32>, Route)| *index == Some(of_primary.index) && !has(&route.destination);
+    let own: Vec<&Route> = foreign().filter(is_own).map(|(_, route)| route).collect();
+    let detours = leading.filter_map(|(index, route)| {
+        let (to, link) = (route.destination, of(index)?);
+        let is_better = |own: &&&Route| own.destination == to && own.metric <= route.metric;
+        let other = || own.iter().filter(|own| own.destination != to).map(|own| own.destination);
+        let inside = other().filter(|own| to.contains(own)).collect();
+        let around = other().find(|own| own.contains(&to));
+        own.iter().find(is_better).is_none().then_some(Detour { to, link, inside, around })
+    });
+    detours.collect()
 }
 
 /// Of the ENIs that are not the primary.
@@ -266,6 +301,13 @@ pub fn limits(circumstances: &Circumstances) -> Vec<String> {
         });
         unpassed.into_iter().chain(unheeded).collect::<Vec<String>>()
     });
+    let followed = detours(circumstances).into_iter().filter_map(|Detour { to, link, around, .. }| {
+        let (own, name) = (around?, &link.name);
+        Some(format!(
+            "main has {to} by {name} and {own} by the primary's link: what the primary's addresses send there goes as main says, \
+             and by {name} the VPC drops it"
+        ))
+    });
     let is_stuck = |family: &Family| {
         let narrowed = of_primary(circumstances, *family);
         let is_needed = !narrowed.is_empty() && is_default_of_others(circumstances, *family);
@@ -277,7 +319,7 @@ pub fn limits(circumstances: &Circumstances) -> Vec<String> {
              right before main leaves no priority free for a better one"
         )
     });
-    between.chain(before).chain(stuck).collect()
+    between.chain(before).chain(followed).chain(stuck).collect()
 }
 
 /// Rules of others with no room between them, at least one of which may take everything.

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use crate::config::Config;
 use crate::ledger::{Found, Ledger};
-use crate::net::{Link, Observed};
+use crate::net::{Family, Link, Observed};
 use crate::operation::{LinkChange, LinkRef, Operation};
-use crate::plan::{LeftAlone, Plan, Step, spare_shared_rules};
+use crate::plan::{LeftAlone, Plan, Step};
 use crate::policy;
 use crate::selection::ignored_links;
 
@@ -43,10 +43,27 @@ pub fn release(observed: &Observed, named: Option<&Share>, ledger: &Ledger, conf
     let is_named = |index: &u32| named.is_some_and(|named| named.link == *index);
     let ignored = ignored_links(observed, config).into_iter().filter(|index| !is_named(index)).collect();
     let left_alone = LeftAlone::of_links(ignored, observed, config);
-    steps.retain(|step| !left_alone.has(&step.operation));
-    spare_shared_rules(&mut steps, &BTreeSet::new(), observed, config);
+    let (stays, mut steps): (Vec<Step>, Vec<Step>) =
+        steps.into_iter().partition(|step| left_alone.has(&step.operation));
+    let leads_somewhere =
+        |step: &Step| matches!(step.operation, Operation::DeleteRule { .. } | Operation::DeleteRoute { .. });
+    if stays.iter().any(leads_somewhere) {
+        steps.retain(|step| !keeps_apart(&step.operation, config));
+    }
     steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
     Plan { steps, ..Plan::default() }
+}
+
+/// Whether it takes away what keeps the traffic of an ignored ENI that has something of ours, and that of the primary, from each other's
+/// links: what goes before the rules of all ENIs, the primary's own rules and table, and the links' group.
+fn keeps_apart(operation: &Operation, config: &Config) -> bool {
+    let of_primary = config.table_base;
+    match operation {
+        Operation::ResetLink { change: LinkChange::Group(_), .. } => true,
+        Operation::DeleteRule { rule } => !policy::leads_to_eni(config, rule) || rule.table == of_primary,
+        Operation::DeleteRoute { route, .. } => route.table == of_primary,
+        _ => false,
+    }
 }
 
 /// What belongs to one ENI, by what the kernel alone tells.
@@ -64,8 +81,9 @@ impl Share {
         let by_route = routes.filter(|route| policy::owns_route(config, route)).map(|route| route.table);
         let rules = observed.rules.iter().filter(|rule| policy::owns_rule(config, rule));
         let by_rule = rules.filter(|rule| rule.oif.as_ref().is_some_and(is_its)).map(|rule| rule.table);
-        let tables = by_route.chain(by_rule).filter(|table| *table != policy::MAIN_TABLE).collect();
-        Some(Share { link: link.index, tables })
+        let tables = by_route.chain(by_rule).filter(|table| *table != policy::MAIN_TABLE);
+        let tables = tables.flat_map(|table| Family::BOTH.map(|family| policy::last_table(config, table, family)));
+        Some(Share { link: link.index, tables: tables.collect() })
     }
 
     /// The steps that are about it.

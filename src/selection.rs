@@ -101,7 +101,7 @@ fn subnets_kept_apart(selected: &Attached, observed: &Observed, config: &Config)
 }
 
 /// By what others have put there, and what of ours stays as its ENI is not configured: where the default is one ENI's, or other
-/// destinations are behind one of which nobody knows more, the primary's addresses need their own.
+/// destinations are behind one by our doing or of which nobody knows more, the primary's addresses need their own.
 fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -> bool {
     let links_of = |macs: BTreeSet<MacAddr>| -> BTreeSet<u32> {
         let links = observed.links.values().filter(|link| policy::can_be_eni(link));
@@ -113,11 +113,12 @@ fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -
     let there = || observed.routes.iter().filter(|(index, route)| !policy::owns_route(config, route) || stays(index));
     let of_pending =
         links_of(selected.pending.keys().filter(|mac| !selected.undecided.contains(mac)).copied().collect());
-    let leads_to_pending = |(index, route): &(Option<u32>, Route)| {
-        index.is_some_and(|index| of_pending.contains(&index)) && policy::is_mains_for_some(route)
+    let leads_away = |(index, route): &(Option<u32>, Route)| {
+        let is_pendings = index.is_some_and(|index| of_pending.contains(&index));
+        (is_pendings || policy::owns_route(config, route)) && policy::is_mains_for_some(route)
     };
     Family::BOTH.into_iter().any(|family| policy::is_best_default_by(&others, there(), family))
-        || there().any(leads_to_pending)
+        || there().any(leads_away)
 }
 
 /// The ENIs of which it is sure that they are to be left alone.

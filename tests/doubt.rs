@@ -1220,6 +1220,101 @@ fn what_is_chosen_for_main_takes_nothing_from_the_primary() {
     });
 }
 
+/// An administrator's gateways in the primary's subnet.
+#[test]
+fn somebodys_routes_by_the_primary_are_followed_beside_what_is_chosen_for_main() {
+    inside(|| {
+        let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '10.50.0.0/16', table = 'main' }]\n";
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("--config {} {verb}", config.display()));
+            let way = |to: &str| ip(&format!("route get {to} from 10.0.0.10"));
+            let is_by = |to: &str, by: &str| Ok::<_, anyhow::Error>(way(to)?.contains(&format!("via {by} ")));
+            let settle = || {
+                let said = run("reconcile")?;
+                let left = run("plan")?;
+                ensure!(said.exit == 0 && left.stdout.is_empty(), "{}: {}{}", said.exit, said.stderr, left.stdout);
+                Ok(said.stderr)
+            };
+            // Inside it: the rest goes by the primary's router.
+            ip("route add 10.50.7.0/24 via 10.0.0.50 dev eth01")?;
+            settle()?;
+            ensure!(is_by("10.50.7.1", "10.0.0.50")? && is_by("10.50.0.1", "10.0.0.1")?, "{}", ip("rule")?);
+            // Around it: nothing is said for it by eniup.
+            ip("route add 10.48.0.0/12 via 10.0.0.50 dev eth01")?;
+            let said = settle()?;
+            ensure!(said.contains("main has 10.50.0.0/16 by eth02 and 10.48.0.0/12 by the primary's link"), "{said}");
+            ensure!(is_by("10.50.7.1", "10.0.0.50")? && way("10.50.0.1")?.contains("dev eth02 "), "{}", ip("rule")?);
+            ip("route del 10.48.0.0/12")?;
+            // In its place.
+            ip("route add 10.50.0.0/16 via 10.0.0.50 dev eth01 metric 5")?;
+            settle()?;
+            ensure!(is_by("10.50.0.1", "10.0.0.50")? && !ip("rule")?.contains("10.50."), "{}", ip("rule")?);
+            Ok(())
+        })
+    });
+}
+
+/// It is the machine's to which the ignored ENI's and the primary's traffic belongs, though all else is released.
+#[test]
+fn release_leaves_what_keeps_an_ignored_eni_and_the_primary_apart() {
+    inside(|| {
+        let chosen =
+            "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("--config {} {verb}", config.display()));
+            machine.publish(
+                told(SHARED)?.into_iter().map(|(key, body)| (key, body.replace("eni-0", "eni-0000000"))).collect(),
+            );
+            run("reconcile")?;
+            // By MAC, which the kernel alone tells.
+            std::fs::write(&config, format!("{chosen}[[ignore]]\nmac = '02:00:00:00:00:02'\n"))?;
+            let is_right = || {
+                let by = |way: &str, eni: u8| {
+                    Ok::<_, anyhow::Error>(ip(&format!("route get {way}"))?.contains(&format!("dev eth0{eni} ")))
+                };
+                let of_primary = by("10.50.0.1 from 10.0.0.10", 1)? && by("10.0.1.99 from 10.0.0.10", 1)?;
+                Ok::<_, anyhow::Error>(of_primary && by("10.0.0.99 from 10.0.1.20", 2)?)
+            };
+            for verb in ["reconcile --automatic", "reconcile", "release", "reconcile", "release"] {
+                let said = run(verb)?;
+                ensure!(said.exit == 0 && is_right()?, "{verb}: {} {}{}", said.exit, said.stderr, ip("rule")?);
+            }
+            let said = run("release --eni eni-00000002")?;
+            ensure!(said.exit == 0 && !ip("rule")?.contains(" lookup 20001"), "{}{}", said.stderr, ip("rule")?);
+            let said = run("release")?;
+            let left = ip("rule")? + &ip("-6 rule")? + &ip("route show table all")?;
+            let grouped = ip("link show group 20000")?;
+            ensure!(said.exit == 0 && !left.contains("proto 176") && grouped.is_empty(), "{left}{grouped}");
+            Ok(())
+        })
+    });
+}
+
+/// The last resort of IPv6 has a table of its own.
+#[test]
+fn release_of_one_eni_takes_its_last_resort_too() {
+    inside(|| {
+        const DUAL: &str = "two-subnets-dual-stack";
+        with_scenario(DUAL, |machine| {
+            machine.publish(
+                told(DUAL)?.into_iter().map(|(key, body)| (key, body.replace("eni-0", "eni-0000000"))).collect(),
+            );
+            machine.reconcile(0)?;
+            let left = || Ok::<_, anyhow::Error>(ip("-6 rule")? + &ip("-6 route show table all")?);
+            ensure!(left()?.contains(" lookup 24001 ") && left()?.contains("table 24001"), "{}", left()?);
+            let said = machine.eniup("release --eni eni-00000002")?;
+            ensure!(said.exit == 0 && !left()?.contains("24001"), "{}: {}", said.exit, left()?);
+            Ok(())
+        })
+    });
+}
+
 /// The network manager is quicker than metadata, which does not tell its subnet yet.
 #[test]
 fn what_another_manager_puts_into_main_for_a_pending_eni_is_not_the_primarys() {

@@ -6,7 +6,8 @@ mod unwanted;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-pub use self::spared::{LeftAlone, spare_carriers, spare_shared_rules};
+use self::spared::spare_shared_rules;
+pub use self::spared::{LeftAlone, spare_carriers};
 use self::unwanted::Unwanted;
 use crate::config::Config;
 use crate::desired::{Desired, DesiredEni, DesiredLink, Wanted};
@@ -238,9 +239,9 @@ impl Plan {
         let circumstances = Circumstances { rules: &rules, apart: &apart, ..circumstances };
         self.notes.extend(limits(&circumstances));
         let mut because = before_guard(&circumstances);
+        because.extend(apart.iter().cloned());
         because.extend(past_others(&circumstances, &because));
         because.extend(before_main(&circumstances));
-        because.extend(apart);
         because
     }
 

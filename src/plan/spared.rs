@@ -56,7 +56,12 @@ impl LeftAlone {
 
 /// What goes before the rules of all ENIs (the guard above all) is needed by those of an ENI that is left alone, too: as long as
 /// one stays that is not wanted, they are not taken away.
-pub fn spare_shared_rules(removals: &mut Vec<Step>, wanted: &BTreeSet<Rule>, observed: &Observed, config: &Config) {
+pub(super) fn spare_shared_rules(
+    removals: &mut Vec<Step>,
+    wanted: &BTreeSet<Rule>,
+    observed: &Observed,
+    config: &Config,
+) {
     let going: BTreeSet<&Rule> = removals.iter().filter_map(|step| deleted_rule(&step.operation)).collect();
     let stays_unwanted = |rule: &&Rule| {
         let is_of_eni = policy::owns_rule(config, rule) && policy::leads_to_eni(config, rule);
