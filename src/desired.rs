@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::config::choices::{Choices, MainRoutes, Tables};
+use crate::config::choices::{Choices, ExtraRoute, MainRoutes, Tables};
 use crate::config::{Config, Rules};
 use crate::cover::{cover, exact, of_family, overlap};
 use crate::eni::{Attached, Eni, show_source};
@@ -33,6 +33,10 @@ pub struct Desired {
     pub pending: BTreeSet<MacAddr>,
     /// ENIs that are somebody else's, or may be: nothing of theirs is touched at all.
     pub left_alone: BTreeSet<MacAddr>,
+    /// ENIs of other VPCs, as configured, pending ones too: what is in `main` of them is nobody else's business.
+    pub isolated: BTreeSet<MacAddr>,
+    /// Whether what the primary needs beside routes in `main` is among this.
+    pub has_primary: bool,
     /// Whether the snapshot told all there is, so that what it does not name does not exist.
     pub is_complete: bool,
 }
@@ -88,6 +92,8 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         rules: Vec::new(),
         pending: attached.pending.keys().copied().collect(),
         left_alone: attached.ignored.keys().chain(&attached.undecided).copied().collect(),
+        isolated: attached.choices.keys().filter(|mac| is_isolated(attached, **mac)).copied().collect(),
+        has_primary: attached.ready.contains_key(&attached.primary),
         is_complete: attached.is_complete(),
     };
     if !is_beside_others {
@@ -294,7 +300,16 @@ fn stands_in_for_primary(attached: &Attached, mac: MacAddr, family: Family) -> b
     let with_family =
         attached.ready.iter().filter(|(mac, eni)| eni.has_family(family) && !is_isolated(attached, **mac));
     let rank = |eni: &Eni| (!eni.stands_in.contains(&family), eni.slot);
+    let is_missing = is_missing && !has_chosen_default(attached, family);
     is_missing && with_family.min_by_key(|(_, eni)| rank(eni)).is_some_and(|(first, _)| *first == mac)
+}
+
+/// Whether a default of the family is chosen for `main`, by whichever ENI.
+fn has_chosen_default(attached: &Attached, family: Family) -> bool {
+    let is_default = |route: &ExtraRoute| route.to == family.everything() && route.tables != Tables::Eni;
+    let can_have = |mac: &MacAddr| attached.ready.get(mac).is_none_or(|eni| eni.has_family(family));
+    let mut choices = attached.choices.iter().filter(|(mac, choices)| can_have(mac) && !choices.is_isolated());
+    choices.any(|(_, choices)| choices.routes.iter().any(is_default))
 }
 
 /// Whether this ENI has the only default of a family that the primary ENI has come to have, without proof yet.

@@ -230,8 +230,9 @@ fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
     let Some((eni, of_primary)) = placed.get(primary) else { return Vec::new() };
     let others = other_links(circumstances);
     let of = |index: &Option<u32>| others.iter().copied().find(|link| *index == Some(link.index));
+    let is_known_otherwise = |mac: &MacAddr| desired.left_alone.contains(mac) || desired.isolated.contains(mac);
     let is_pending =
-        |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !desired.left_alone.contains(&mac));
+        |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !is_known_otherwise(&mac));
     let foreign = || {
         let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
         foreign.filter(|(_, route)| policy::is_mains_for_some(route))

@@ -111,8 +111,9 @@ fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -
     let keepers = links_of(selected.pending.keys().chain(selected.ignored.keys()).copied().collect());
     let stays = |index: &Option<u32>| index.is_some_and(|index| keepers.contains(&index));
     let there = || observed.routes.iter().filter(|(index, route)| !policy::owns_route(config, route) || stays(index));
-    let of_pending =
-        links_of(selected.pending.keys().filter(|mac| !selected.undecided.contains(mac)).copied().collect());
+    let is_known_otherwise =
+        |mac: &MacAddr| selected.undecided.contains(mac) || selected.choices.get(mac).is_some_and(Choices::is_isolated);
+    let of_pending = links_of(selected.pending.keys().filter(|mac| !is_known_otherwise(mac)).copied().collect());
     let leads_away = |(index, route): &(Option<u32>, Route)| {
         let is_pendings = index.is_some_and(|index| of_pending.contains(&index));
         (is_pendings || policy::owns_route(config, route)) && policy::is_mains_for_some(route)

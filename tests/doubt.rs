@@ -1125,6 +1125,32 @@ fn who_stands_in_for_the_primary_does_so_when_another_eni_comes() {
     });
 }
 
+/// So nobody has to stand in.
+#[test]
+fn a_default_that_is_chosen_for_main_is_the_only_one() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            let run = || machine.eniup(&format!("--config {} reconcile --timeout 2s", config.display()));
+            let mut leaves = told(SHARED)?;
+            for eni in BOTH {
+                leaves.insert(path(eni, "ipv6s"), format!("2600:1f16::2{eni}"));
+                leaves.insert(path(eni, "subnet-ipv6-cidr-blocks"), "2600:1f16::/64".into());
+            }
+            machine.publish(leaves);
+            for (chosen, by) in [("", 2), ("[[eni]]\nid = 'eni-03'\nroutes = [{ to = '::/0', table = 'main' }]\n", 3)] {
+                std::fs::write(&config, chosen)?;
+                let said = run()?;
+                let default = ip("-6 route show default table main")?;
+                let is_only = default.contains(&format!("dev eth0{by} ")) && default.lines().count() == 1;
+                ensure!(said.exit == 0 && is_only, "{chosen}: {}{default}", said.stderr);
+            }
+            Ok(())
+        })
+    });
+}
+
 /// Management by the primary, which has no default, and all else by another ENI, as configured: that one's default stays while it
 /// cannot be read or is left alone, and the primary's answers go by the primary.
 #[test]
@@ -1216,6 +1242,46 @@ fn what_is_chosen_for_main_takes_nothing_from_the_primary() {
             run("reconcile")?;
             ensure!(!ip("rule")?.contains("10.50.0.0/16"), "{}", ip("rule")?);
             machine.assert_settled()
+        })
+    });
+}
+
+/// Without the primary's rules beside it the route would take what the primary sends.
+#[test]
+fn what_is_chosen_for_main_waits_for_a_primary_that_cannot_be_read() {
+    inside(|| {
+        let chosen =
+            "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
+        with_scenario(SHARED, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+            let is_primarys = || {
+                let by = |to: &str| {
+                    Ok::<_, anyhow::Error>(ip(&format!("route get {to} from 10.0.0.10"))?.contains("dev eth01 "))
+                };
+                Ok::<_, anyhow::Error>(by("10.50.0.1")? && by("10.0.1.99")?)
+            };
+            fail(machine, &path(1, "local-ipv4s"));
+            let said = run("reconcile")?;
+            ensure!(said.exit == 3 && is_primarys()? && leaves_by("10.0.1.20")? == 2, "{}: {}", said.exit, said.stderr);
+            be_well(machine);
+            let said = run("reconcile")?;
+            ensure!(
+                said.exit == 0 && is_primarys()? && ip("route get 10.50.0.1")?.contains("dev eth02 "),
+                "{}",
+                said.stderr
+            );
+            // What is there stays.
+            fail(machine, &path(1, "local-ipv4s"));
+            let said = run("reconcile")?;
+            ensure!(
+                said.exit == 3 && is_primarys()? && ip("route get 10.50.0.1")?.contains("dev eth02 "),
+                "{}",
+                said.stderr
+            );
+            Ok(())
         })
     });
 }

@@ -263,6 +263,12 @@ impl Plan {
             ));
         }
         let routes = eni.routes.iter().filter(|route| is_possible(route.object.destination.family()));
+        // What is in `main` needs the primary's rules beside it.
+        let is_waited_for = |route: &Route| {
+            let is_there = observed.routes.contains(&(Some(link.index), *route));
+            route.table == policy::MAIN_TABLE && !is_there && !desired.has_primary
+        };
+        let routes = routes.filter(|route| !is_waited_for(&route.object));
         for route in routes.filter(|route| !is_place_kept(&route.object, desired, observed)) {
             self.want_route(eni, link, route, observed, keep);
         }
