@@ -35,8 +35,6 @@ pub struct Desired {
     pub left_alone: BTreeSet<MacAddr>,
     /// ENIs of other VPCs, as configured, pending ones too: what is in `main` of them is nobody else's business.
     pub isolated: BTreeSet<MacAddr>,
-    /// Whether what the primary needs beside routes in `main` is among this.
-    pub has_primary: bool,
     /// Whether the snapshot told all there is, so that what it does not name does not exist.
     pub is_complete: bool,
 }
@@ -93,7 +91,6 @@ pub fn desired(attached: &Attached, config: &Config) -> Desired {
         pending: attached.pending.keys().copied().collect(),
         left_alone: attached.ignored.keys().chain(&attached.undecided).copied().collect(),
         isolated: attached.choices.keys().filter(|mac| is_isolated(attached, **mac)).copied().collect(),
-        has_primary: attached.ready.contains_key(&attached.primary),
         is_complete: attached.is_complete(),
     };
     if !is_beside_others {

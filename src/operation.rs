@@ -97,7 +97,11 @@ impl Operation {
     /// after one that is killed.
     pub fn turn(&self) -> (u8, u32) {
         let last_first = |rule: &Rule| u32::MAX - rule.priority;
+        let length = |route: &Route| u32::from(route.destination.prefix_len());
         match self {
+            // The longest match is there first and goes last.
+            Operation::AddRoute { route, .. } if route.table == MAIN_TABLE => (0, u32::MAX - length(route)),
+            Operation::DeleteRoute { route, .. } if route.table == MAIN_TABLE => (0, length(route)),
             Operation::AddRule { rule } if rule.goto.is_some() => (1, last_first(rule)),
             Operation::AddRule { rule } => (0, rule.priority),
             Operation::DeleteRule { rule } if rule.goto.is_some() => (0, rule.priority),

@@ -238,7 +238,8 @@ fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
         foreign.filter(|(_, route)| policy::is_mains_for_some(route))
     };
     let staying = staying(circumstances);
-    let by_pending = foreign().filter(|(index, _)| of(index).is_some_and(is_pending));
+    // What has no gateway may be its subnet.
+    let by_pending = foreign().filter(|(index, route)| route.gateway.is_none() && of(index).is_some_and(is_pending));
     let leading = by_pending.chain(routes.iter()).chain(&staying);
     let leading = leading.filter(|(_, route)| policy::is_mains_for_some(route));
     // The table has these, too.

@@ -115,7 +115,7 @@ fn is_main_anothers(selected: &Attached, observed: &Observed, config: &Config) -
         |mac: &MacAddr| selected.undecided.contains(mac) || selected.choices.get(mac).is_some_and(Choices::is_isolated);
     let of_pending = links_of(selected.pending.keys().filter(|mac| !is_known_otherwise(mac)).copied().collect());
     let leads_away = |(index, route): &(Option<u32>, Route)| {
-        let is_pendings = index.is_some_and(|index| of_pending.contains(&index));
+        let is_pendings = route.gateway.is_none() && index.is_some_and(|index| of_pending.contains(&index));
         (is_pendings || policy::owns_route(config, route)) && policy::is_mains_for_some(route)
     };
     Family::BOTH.into_iter().any(|family| policy::is_best_default_by(&others, there(), family))

@@ -1286,6 +1286,43 @@ fn what_is_chosen_for_main_waits_for_a_primary_that_cannot_be_read() {
     });
 }
 
+/// DHCPv6 is quicker than metadata.
+#[test]
+fn what_is_chosen_for_main_waits_for_the_primarys_family_to_be_told() {
+    inside(|| {
+        const DUAL: &str = "two-subnets-dual-stack";
+        let chosen =
+            "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '2600:9::/32', table = 'main' }]\n";
+        with_scenario(DUAL, |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, chosen)?;
+            let run = || machine.eniup(&format!("--config {} reconcile --timeout 2s", config.display()));
+            let told = told(DUAL)?;
+            let own = told[&path(1, "ipv6s")].lines().next().context("no IPv6 address")?.to_string();
+            ip(&format!("-6 addr add {own}/128 dev eth01 nodad valid_lft 450 preferred_lft 140"))?;
+            ip("-6 route replace default via fe80:ec2::1 dev eth01 metric 512")?;
+            let by = |from: &str, eni: u8| {
+                Ok::<_, anyhow::Error>(
+                    ip(&format!("-6 route get 2600:9::1 {from}"))?.contains(&format!("dev eth0{eni} ")),
+                )
+            };
+            let mut late = told.clone();
+            late.retain(|key, _| *key != path(1, "ipv6s"));
+            machine.publish(late);
+            let said = run()?;
+            let is_said = said
+                .stderr
+                .contains("2600:9::/32 by eth02 comes into main when metadata tells what the primary sends from");
+            ensure!(by(&format!("from {own}"), 1)? && is_said, "{}: {}", said.exit, said.stderr);
+            machine.publish(told);
+            let said = run()?;
+            ensure!(said.exit == 0 && by("", 2)? && by(&format!("from {own}"), 1)?, "{}: {}", said.exit, said.stderr);
+            Ok(())
+        })
+    });
+}
+
 /// An administrator's gateways in the primary's subnet.
 #[test]
 fn somebodys_routes_by_the_primary_are_followed_beside_what_is_chosen_for_main() {

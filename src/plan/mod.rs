@@ -67,7 +67,8 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     }
     let primary_mtu = find_link(primary, observed).ok().flatten().map(|link| link.mtu);
 
-    let mut keep = Keep::default();
+    let families_without_rules = families_without_rules(desired, observed, primary, &placed);
+    let mut keep = Keep { families_without_rules, ..Keep::default() };
     for rule in desired.rules.iter().filter(|rule| observed.has_ipv6 || rule.object.family == Family::V4) {
         keep.rules.insert(rule.object.clone());
         plan.want_rule(None, rule, observed);
@@ -140,6 +141,25 @@ struct Keep {
     addresses: BTreeSet<(u32, Address)>,
     routes: BTreeSet<(Option<u32>, Route)>,
     rules: BTreeSet<Rule>,
+    /// Of the primary, whose traffic routes in `main` would take that are new.
+    families_without_rules: BTreeSet<Family>,
+}
+
+/// In which families the primary has addresses, or may have, of which metadata does not tell yet, so that it gets no rules for what it
+/// sends from them. In a VPC what DHCP gives is EC2's.
+fn families_without_rules(
+    desired: &Desired,
+    observed: &Observed,
+    primary: MacAddr,
+    placed: &BTreeMap<MacAddr, (&DesiredEni, &Link)>,
+) -> BTreeSet<Family> {
+    let is_without = |family: &Family| {
+        let Some((eni, link)) = placed.get(&primary) else { return desired.pending.contains(&primary) };
+        let mut leased = observed.addresses_on(link.index).filter(|there| there.is_leased);
+        let has_lease = leased.any(|there| there.net.family() == *family);
+        has_lease && !eni.narrowed.iter().any(|rule| rule.family == *family)
+    };
+    Family::BOTH.into_iter().filter(is_without).collect()
 }
 
 /// Whether an ENI that keeps all it has, pending or left alone, has its route in this one's place in `main`.
@@ -263,13 +283,17 @@ impl Plan {
             ));
         }
         let routes = eni.routes.iter().filter(|route| is_possible(route.object.destination.family()));
-        // What is in `main` needs the primary's rules beside it.
         let is_waited_for = |route: &Route| {
             let is_there = observed.routes.contains(&(Some(link.index), *route));
-            route.table == policy::MAIN_TABLE && !is_there && !desired.has_primary
+            let is_mains = route.table == policy::MAIN_TABLE;
+            is_mains && !is_there && keep.families_without_rules.contains(&route.destination.family())
         };
-        let routes = routes.filter(|route| !is_waited_for(&route.object));
-        for route in routes.filter(|route| !is_place_kept(&route.object, desired, observed)) {
+        let (waiting, routes): (Vec<_>, Vec<_>) = routes.partition(|route| is_waited_for(&route.object));
+        self.notes.extend(waiting.iter().map(|route| {
+            let to = route.object.destination;
+            format!("{to} by {} comes into main when metadata tells what the primary sends from, too", link.name)
+        }));
+        for route in routes.into_iter().filter(|route| !is_place_kept(&route.object, desired, observed)) {
             self.want_route(eni, link, route, observed, keep);
         }
         for rule in eni.rules.iter().filter(|rule| is_possible(rule.object.family)) {
