@@ -1323,6 +1323,30 @@ fn what_is_chosen_for_main_waits_for_the_primarys_family_to_be_told() {
     });
 }
 
+/// Its subnet means others to everybody else, and what another manager has made of it is followed.
+#[test]
+fn the_primarys_way_to_an_isolated_enis_subnet_is_the_same_while_that_cannot_be_read() {
+    inside(|| {
+        with_scenario("ipv4-only-primary-dual-stack-secondary", |machine| {
+            std::fs::create_dir_all(&machine.directory)?;
+            let config = machine.directory.join("test.toml");
+            std::fs::write(&config, "[[eni]]\nid = 'eni-02'\nisolate = true\n")?;
+            let run = || machine.eniup(&format!("--config {} reconcile --automatic --timeout 300ms", config.display()));
+            ip("link set eth02 up")?;
+            ip("addr add 10.0.1.20/24 dev eth02")?;
+            let way = || ip("route get 10.0.1.99 from 10.0.0.10");
+            for (fails, exit) in [(false, 0), (true, 3)] {
+                if fails {
+                    fail(machine, &path(2, "local-ipv4s"));
+                }
+                let said = run()?;
+                ensure!(said.exit == exit && way()?.contains("dev eth02 "), "{}{}: {}", way()?, said.exit, said.stderr);
+            }
+            Ok(())
+        })
+    });
+}
+
 /// An administrator's gateways in the primary's subnet.
 #[test]
 fn somebodys_routes_by_the_primary_are_followed_beside_what_is_chosen_for_main() {
@@ -1364,8 +1388,7 @@ fn somebodys_routes_by_the_primary_are_followed_beside_what_is_chosen_for_main()
 #[test]
 fn release_leaves_what_keeps_an_ignored_eni_and_the_primary_apart() {
     inside(|| {
-        let chosen =
-            "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
+        let chosen = "[[eni]]\nid = 'eni-00000002'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
         with_scenario(SHARED, |machine| {
             std::fs::create_dir_all(&machine.directory)?;
             let config = machine.directory.join("test.toml");
@@ -1374,7 +1397,8 @@ fn release_leaves_what_keeps_an_ignored_eni_and_the_primary_apart() {
             machine.publish(
                 told(SHARED)?.into_iter().map(|(key, body)| (key, body.replace("eni-0", "eni-0000000"))).collect(),
             );
-            run("reconcile")?;
+            let said = run("reconcile")?;
+            ensure!(ip("route get 10.50.0.1")?.contains("dev eth02 "), "nothing is chosen: {}", said.stderr);
             // By MAC, which the kernel alone tells.
             std::fs::write(&config, format!("{chosen}[[ignore]]\nmac = '02:00:00:00:00:02'\n"))?;
             let is_right = || {
