@@ -99,8 +99,13 @@ pub fn routes_of<'a>(link: &Link, observed: &'a Observed, config: &Config) -> im
     on_link.filter(move |route| policy::owns_route(config, route) && is_enis(route.table))
 }
 
-/// The subnets of other ENIs to which our rules send the primary's traffic by its own table.
-pub fn kept_apart_from(primary: &Eni, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
+/// The subnets of other ENIs to which our rules send the primary's traffic by its own table. None where its link is not here: then
+/// those rules go.
+pub fn kept_apart_from(attached: &Attached, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
+    let is_its = |link: &Link| link.mac == Some(attached.primary) && policy::can_be_eni(link);
+    let Some(primary) = attached.primary_eni().filter(|_| observed.links.values().any(is_its)) else {
+        return BTreeSet::new();
+    };
     let table = policy::table(config, primary.slot);
     let narrow = observed.rules.iter().filter(|rule| policy::keeps_primary_apart(config, rule, table));
     narrow.filter_map(|rule| rule.to).collect()

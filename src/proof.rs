@@ -183,8 +183,7 @@ pub fn judge(
 
 /// Whether `main` leads by this link where our rules keep the primary from: everywhere, or to another ENI's subnet.
 fn leads_to_others(link: &Link, attached: &Attached, observed: &Observed, config: &Config) -> bool {
-    let Some(primary) = attached.primary_eni() else { return false };
-    let kept_apart = kept_apart_from(primary, observed, config);
+    let kept_apart = kept_apart_from(attached, observed, config);
     let is_there = |(index, route): &(Option<u32>, Route)| {
         let is_foreign = route.table == policy::MAIN_TABLE && !policy::owns_route(config, route);
         let is_kept_from = route.destination.prefix_len() == 0 || kept_apart.contains(&route.destination);
@@ -202,7 +201,6 @@ fn doubtful_subnets(
     observed: &Observed,
     config: &Config,
 ) -> Vec<IpNet> {
-    let Some(primary) = attached.primary_eni() else { return Vec::new() };
     let told: BTreeSet<IpNet> = attached.all_subnets().collect();
     let is_here = |mac: &MacAddr| links.iter().any(|link| link.mac == Some(*mac));
     let may_be_anothers = |subnet: &IpNet| {
@@ -211,7 +209,7 @@ fn doubtful_subnets(
         let untold = attached.ready.iter().filter(is_untold).map(|(mac, _)| mac);
         has_unlisted || untold.chain(attached.pending.keys()).any(is_here)
     };
-    let kept_apart = kept_apart_from(primary, observed, config);
+    let kept_apart = kept_apart_from(attached, observed, config);
     kept_apart.difference(&told).copied().filter(may_be_anothers).collect()
 }
 

@@ -88,8 +88,7 @@ pub fn select(attached: &Attached, tree: &Tree, observed: &Observed, files: &Fil
 /// What keeps the primary's traffic from other ENIs stays as long as metadata may not name every ENI's subnet, and as long as an ENI
 /// that is left alone has something of ours.
 fn subnets_kept_apart(selected: &Attached, observed: &Observed, config: &Config) -> BTreeSet<IpNet> {
-    let Some(primary) = selected.primary_eni() else { return BTreeSet::new() };
-    let kept_apart = kept_apart_from(primary, observed, config);
+    let kept_apart = kept_apart_from(selected, observed, config);
     let is_unread = selected.ignored.values().any(|ignored| ignored.pending().is_some());
     if !selected.is_complete() || is_unread {
         return kept_apart;
