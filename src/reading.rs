@@ -139,9 +139,10 @@ impl Reading {
             false => Reading::take(imds, config).await?,
         };
         let again = again.with_enis_known_by(&self)?;
-        // What is not read for want of time says nothing of any ENI, and there is hardly another look.
+        // What is not read for want of time says nothing of any ENI, and there is hardly another look. Nor does it say what is wrong.
         let is_late = !again.unread.is_empty() && Instant::now() + LATE >= deadline;
-        Ok(if is_late || again.lacks_what_is_known_by(&self) { self } else { again })
+        let is_cut = Instant::now() >= deadline && again.all.unsettled().is_superset(&self.all.unsettled());
+        Ok(if is_late || is_cut || again.lacks_what_is_known_by(&self) { self } else { again })
     }
 }
 

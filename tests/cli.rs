@@ -205,6 +205,28 @@ fn metadata_that_is_not_to_be_had_has_its_own_message_and_changes_nothing() {
     });
 }
 
+/// The last attempt of all is cut short by the deadline; what was wrong before is what helps.
+#[test]
+fn what_was_wrong_is_said_though_the_deadline_cuts_the_last_attempt() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let first = |path: &str, n: u64| Rule::new(path, Occurrences::FirstN(n), Action::NotUtf8);
+            let then = |path: &str| Rule::new(path, Occurrences::Always, Action::Hang);
+            let fail = |path: &str, n| {
+                let rules = vec![first(path, n), then(path)];
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+            };
+            fail("mac", 1);
+            assert_refused(machine, "plan --timeout 700ms", 69, &["mac", "UTF-8"])?;
+            // All attempts of one reading, and the next one hangs.
+            let key = second_eni("local-ipv4s");
+            fail(&key, 4);
+            assert_says(&machine.eniup("reconcile --timeout 2500ms")?, 3, &["eni-02 is pending", "UTF-8"])?;
+            Ok(())
+        })
+    });
+}
+
 /// What metadata may get wrong about the second ENI alone, by the key; what eniup then says of it; and whether it waits.
 const ONE_ENI_WRONG: [(&str, &str, &str); 9] = [
     ("local-ipv4s", "10.0.1.20\n10.0.1.2l", "`10.0.1.2l` is not an address"),

@@ -384,14 +384,22 @@ impl Imds {
     async fn get(&self, path: &str, token: &HeaderValue) -> Attempt<String> {
         let mut pauses = Pauses::default();
         let mut made = 0;
+        let mut last: Option<Attempt<String>> = None;
         loop {
             let attempt = http::get(&self.way.0, token, path, &self.pace, self.deadline).await;
             made += 1;
+            // Cut short by the deadline it says less than the one before.
+            let is_cut = attempt.fault() == Fault::NoAnswer && Instant::now() >= self.deadline;
+            let attempt = match last.take() {
+                Some(last) if is_cut && !matches!(attempt, Attempt::Body(_)) => last,
+                _ => attempt,
+            };
             let may_pass = matches!(attempt, Attempt::NoWay { .. } | Attempt::Passing { .. });
             let is_enough = made >= KEY_ATTEMPTS && !is_essential(path);
             if !may_pass || is_enough || !pauses.pause(self.deadline).await {
                 return attempt;
             }
+            last = Some(attempt);
         }
     }
 
