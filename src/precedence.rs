@@ -19,6 +19,8 @@ pub struct Circumstances<'a, 'b> {
     /// The ENIs that have their links here.
     pub placed: &'a BTreeMap<MacAddr, (&'b DesiredEni, &'b Link)>,
     pub primary: MacAddr,
+    /// The links of the ENIs that are not the primary.
+    pub others: &'a [&'a Link],
     /// By link index, as in `Observed`.
     pub routes: &'a BTreeSet<(Option<u32>, Route)>,
     pub rules: &'a BTreeSet<Rule>,
@@ -34,6 +36,11 @@ impl<'a, 'b> Circumstances<'a, 'b> {
         let rules = eni.rules.iter().map(|rule| &rule.object);
         rules.chain(self.apart.iter().filter(is_its).map(|(_, rule)| &rule.object))
     }
+}
+
+pub fn other_links<'a>(desired: &Desired, observed: &'a Observed, primary: MacAddr) -> Vec<&'a Link> {
+    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
+    macs.filter(|mac| **mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect()
 }
 
 /// A rule, and the ENI that it is for; none: for all traffic.
@@ -184,8 +191,8 @@ fn free_before_main(circumstances: &Circumstances, family: Family, narrowed: &[&
 
 /// Whether the best default in `main`, there or to come, leaves by an ENI that is not the primary, or may.
 fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
-    let Circumstances { observed, routes, config, .. } = circumstances;
-    let others: BTreeSet<u32> = other_links(circumstances).into_iter().map(|link| link.index).collect();
+    let Circumstances { observed, others, routes, config, .. } = circumstances;
+    let others: BTreeSet<u32> = others.iter().map(|link| link.index).collect();
     let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
     policy::is_best_default_by(&others, foreign.chain(routes.iter()).chain(&staying(circumstances)), family)
 }
@@ -226,16 +233,15 @@ struct Detour<'a> {
 }
 
 fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
-    let Circumstances { desired, observed, placed, primary, routes, config, .. } = circumstances;
+    let Circumstances { desired, observed, placed, primary, others, routes, config, .. } = circumstances;
     let Some((eni, of_primary)) = placed.get(primary) else { return Vec::new() };
-    let others = other_links(circumstances);
     let of = |index: &Option<u32>| others.iter().copied().find(|link| *index == Some(link.index));
     let is_known_otherwise = |mac: &MacAddr| desired.left_alone.contains(mac) || desired.isolated.contains(mac);
     let is_pending =
         |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !is_known_otherwise(&mac));
     let foreign = || {
-        let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
-        foreign.filter(|(_, route)| policy::is_mains_for_some(route))
+        let mains = observed.routes.iter().filter(|(_, route)| policy::is_mains_for_some(route));
+        mains.filter(|(_, route)| !policy::owns_route(config, route))
     };
     let staying = staying(circumstances);
     // What has no gateway may be its subnet.
@@ -257,19 +263,15 @@ fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
     detours.collect()
 }
 
-/// Of the ENIs that are not the primary.
-fn other_links<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<&'a Link> {
-    let Circumstances { desired, observed, primary, .. } = circumstances;
-    let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
-    macs.filter(|mac| *mac != primary).filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect()
-}
-
 /// Of our routes those that stay though they are not wanted now: by ENIs that keep what they have.
 fn staying(circumstances: &Circumstances) -> Vec<(Option<u32>, Route)> {
-    let Circumstances { observed, placed, config, .. } = circumstances;
+    let Circumstances { observed, placed, others, config, .. } = circumstances;
     let is_placed = |link: &Link| placed.values().any(|(_, placed)| placed.index == link.index);
     let keepers: BTreeSet<Option<u32>> =
-        other_links(circumstances).into_iter().filter(|link| !is_placed(link)).map(|link| Some(link.index)).collect();
+        others.iter().filter(|link| !is_placed(link)).map(|link| Some(link.index)).collect();
+    if keepers.is_empty() {
+        return Vec::new();
+    }
     let stays = |(index, route): &&(Option<u32>, Route)| policy::owns_route(config, route) && keepers.contains(index);
     observed.routes.iter().filter(stays).copied().collect()
 }

@@ -3,6 +3,7 @@
 mod spared;
 mod unwanted;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -16,7 +17,9 @@ use crate::net::{Address, Family, HasFamily, Link, LinkIpv6, MacAddr, Observed, 
 use crate::operation::{LinkChange, LinkRef, Operation};
 use crate::place::{Trouble, find_link, place};
 use crate::policy;
-use crate::precedence::{Circumstances, OfEni, apart_from_others, before_guard, before_main, limits, past_others};
+use crate::precedence::{
+    Circumstances, OfEni, apart_from_others, before_guard, before_main, limits, other_links, past_others,
+};
 
 /// What is to be done, in order, and what stands in the way.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -98,7 +101,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     plan.notes.extend(spare_carriers(&mut removals, observed, config));
     plan.steps.extend(removals);
     // Stable: where nothing else orders them, each ENI's own order stays.
-    plan.steps.sort_by_key(|step| (step.operation.phase(), step.operation.turn()));
+    plan.steps.sort_by_cached_key(|step| (step.operation.phase(), step.operation.turn()));
     plan
 }
 
@@ -253,9 +256,12 @@ impl Plan {
             return Vec::new();
         }
         let Keep { routes, rules, .. } = keep;
-        let circumstances = Circumstances { desired, observed, placed, primary, routes, rules, apart: &[], config };
+        let others = &other_links(desired, observed, primary);
+        let circumstances =
+            Circumstances { desired, observed, placed, primary, others, routes, rules, apart: &[], config };
         let apart = apart_from_others(&circumstances);
-        let rules = rules.iter().chain(apart.iter().map(|(_, rule)| &rule.object)).cloned().collect();
+        let with_apart = || rules.iter().chain(apart.iter().map(|(_, rule)| &rule.object)).cloned().collect();
+        let rules = if apart.is_empty() { Cow::Borrowed(rules) } else { Cow::Owned(with_apart()) };
         let circumstances = Circumstances { rules: &rules, apart: &apart, ..circumstances };
         self.notes.extend(limits(&circumstances));
         let mut because = before_guard(&circumstances);
