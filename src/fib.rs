@@ -95,6 +95,7 @@ pub enum Outcome<'a> {
 
 /// `RTN_*` of `linux/rtnetlink.h`.
 mod kind {
+    pub const UNICAST: u8 = 1;
     pub const LOCAL: u8 = 2;
     pub const BROADCAST: u8 = 3;
     pub const ANYCAST: u8 = 4;
@@ -304,6 +305,9 @@ fn may_leave_by(packet: &Packet, link: Option<u32>, route: &Route) -> bool {
         RouteKind::Unreachable | RouteKind::Other(kind::BLACKHOLE | kind::PROHIBIT | kind::THROW) => {
             packet.destination.family() == Family::V4
         }
+        // IPv6's dump goes from the first of many next hops to the last (`fib6_dump_node`), and does not tell a route
+        // without a gateway that was added between them.
+        RouteKind::Other(kind::UNICAST) if packet.destination.family() == Family::V6 => true,
         // A route of many links may have this one among them.
         RouteKind::Unicast | RouteKind::Other(_) => link.is_none_or(|link| link == output),
     }

@@ -435,3 +435,36 @@ fn the_model_answers_like_the_kernel() {
         Ok(())
     });
 }
+
+/// A dump tells one route of many next hops, by eth1 and eth2, and not the one by eth0 that was added between them.
+#[test]
+fn a_route_that_the_kernel_does_not_tell_is_not_denied() {
+    let machine = Machine {
+        groups: vec![0; LINKS.len()],
+        routes: [("eth1", true), ("eth0", false), ("eth2", true)].map(equal_route).to_vec(),
+        rules: Vec::new(),
+        probes: Vec::new(),
+    };
+    vpc_lab::inside(|| {
+        on_a_machine(|| {
+            ip(&machine.lines())?;
+            let observed = observe()?;
+            let index = |name: &str| observed.links.values().find(|link| link.name == name).map(|link| link.index);
+            let packet = |name: &str| Packet {
+                source: None,
+                destination: "2001:db8:2::77".parse().unwrap(),
+                input: None,
+                output: index(name),
+                mark: 0,
+            };
+            let mut count = Count::default();
+            compare(&observed, &LINKS.map(packet), &mut count)?;
+            ensure!(count.unknown == LINKS.len(), "{count:?}");
+            Ok(())
+        })
+    });
+}
+
+fn equal_route((link, has_gateway): (&'static str, bool)) -> Route {
+    Route { family: 1, prefix: "2001:db8:2::77/128", kind: "", link, has_gateway, table: 254, metric: 5 }
+}
