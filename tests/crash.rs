@@ -16,17 +16,22 @@ use eniup::netlink::apply::Outcome;
 use eniup::operation::Operation;
 use eniup::plan::Step;
 use eniup::release::release;
-use support::machine::{self, Kernel, Machine, difference, inside, on_a_machine};
+use support::machine::{self, Kernel, Machine, Run, difference, inside, on_a_machine};
 use support::moments::{arrange, observe, reconcile, settled_dump, ways, with_netlink};
-use support::{Scenario, plan_for, scenarios};
+use support::{Scenario, scenarios};
 
 /// The plan that a run would carry out first, noted in the ledger as that run notes it before its first operation.
 fn begin(machine: &Machine, scenario: &Scenario) -> Result<Vec<Step>> {
     let observed = machine.believed()?;
-    let steps = plan_for(&scenario.attached, &observed).steps;
+    let steps = scenario.plan_without_files(&observed).steps;
     std::fs::create_dir_all(&machine.directory)?;
     ledger::save(&ledger::load(&machine.directory).noting(&steps, &observed), &machine.directory);
     Ok(steps)
+}
+
+/// A run on a machine that is arranged.
+fn run(machine: &Machine, scenario: &Scenario) -> Result<Run> {
+    machine.eniup(reconcile(&scenario.selected_without_files(&machine.believed()?)))
 }
 
 /// Each of these operations has to work: the machine is as it was when they were planned. (The kernel takes away a link's
@@ -84,7 +89,7 @@ fn at_no_moment_of_a_run_does_an_address_that_stays_lose_its_way() {
 fn converges_from_every_crash_point(kernel: Kernel, scenario: &Scenario) -> Result<usize> {
     let whole = on_a_machine(|machine| {
         arrange(machine, scenario)?;
-        machine.eniup(reconcile(&scenario.attached))?;
+        run(machine, scenario)?;
         settled_dump()
     })?;
     let mut k = 0;
@@ -93,7 +98,7 @@ fn converges_from_every_crash_point(kernel: Kernel, scenario: &Scenario) -> Resu
         arrange(machine, scenario)?;
         let steps = begin(machine, scenario)?;
         carry_out(&steps[..k])?;
-        let run = machine.eniup(reconcile(&scenario.attached))?;
+        let run = run(machine, scenario)?;
         ensure!([0, 3].contains(&run.exit), "exit {}: {}", run.exit, run.stderr);
         let plan = machine.eniup("plan")?;
         ensure!(plan.stdout.is_empty(), "left to do:\n{}", plan.stdout);

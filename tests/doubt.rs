@@ -102,8 +102,7 @@ fn beside_others() -> Result<Vec<Scenario>> {
     let is_beside_others = |scenario: &Scenario| {
         let support::Machine { foreign_address, group, main, rules, enslave, twice, .. } = &scenario.machine;
         let has_others = !(foreign_address.is_empty() && group.is_empty() && main.is_empty() && rules.is_empty());
-        let is_ignored = scenario.folder.join("config.toml").exists();
-        (has_others || is_ignored) && enslave.is_empty() && twice.is_empty()
+        (has_others || scenario.configuration().is_some()) && enslave.is_empty() && twice.is_empty()
     };
     Ok(scenarios()?.into_iter().filter(is_beside_others).collect())
 }
@@ -114,13 +113,11 @@ fn one_bad_read_of_an_eni_sends_nothing_another_way() {
         let mut tried = 0;
         for scenario in beside_others()? {
             let told = read_leaves(&scenario.folder.join("metadata.json"))?;
-            let file = scenario.folder.join("config.toml");
-            let config = if file.exists() { format!("--config {} ", file.display()) } else { String::new() };
             let primary = scenario.attached.primary;
             let enis: Vec<MacAddr> = scenario.attached.ready.keys().filter(|mac| **mac != primary).copied().collect();
             on_a_machine(|machine| {
                 arrange(machine, &scenario)?;
-                machine.eniup(&format!("{config}reconcile --timeout 300ms"))?;
+                machine.eniup("reconcile --timeout 300ms")?;
                 let before = ways(&observe()?)?;
                 ensure!(before.len() > 1, "nothing is there: {before:?}");
                 for mac in enis {
@@ -132,13 +129,13 @@ fn one_bad_read_of_an_eni_sends_nothing_another_way() {
                         (Lie::Bare, "reconcile --automatic"),
                     ] {
                         lie.tell(machine, mac, &told);
-                        let run = machine.eniup(&format!("{config}{verb} --timeout 300ms"))?;
+                        let run = machine.eniup(&format!("{verb} --timeout 300ms"))?;
                         let after = ways(&observe()?)?;
                         let other: Vec<_> = before.iter().filter(|(way, by)| after.get(way) != Some(by)).collect();
                         ensure!(other.is_empty(), "{verb}, {lie:?} {mac}: {other:?}\n{}: {}", run.exit, run.stderr);
                         be_well(machine);
                         machine.publish(told.clone());
-                        let well = machine.eniup(&format!("{config}reconcile --automatic --timeout 300ms"))?;
+                        let well = machine.eniup("reconcile --automatic --timeout 300ms")?;
                         ensure!(ways(&observe()?)? == before, "{lie:?} {mac}, afterwards: {}", well.stderr);
                         tried += 1;
                     }
@@ -160,10 +157,8 @@ fn the_only_other_eni_that_comes_to_be_ignored_sends_nothing_another_way() {
         for verb in ["reconcile --automatic", "reconcile"] {
             on_a_machine(|machine| {
                 arrange(machine, &scenario(BOTH_DEFAULTS)?)?;
-                std::fs::create_dir_all(&machine.directory)?;
-                let config = machine.directory.join("test.toml");
-                std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
-                let verb = format!("--config {} {verb} --timeout 300ms", config.display());
+                machine.configure("[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+                let verb = format!("{verb} --timeout 300ms");
                 let of_group = |group: &str| -> Result<Leaves> {
                     let mut leaves = told(BOTH_DEFAULTS)?;
                     for eni in 1..=2 {
@@ -204,9 +199,8 @@ fn an_ignored_eni_that_is_not_listed_sends_nothing_another_way_when_the_ledger_i
             on_a_machine(|machine| {
                 let scenario = scenario(IGNORED)?;
                 arrange(machine, &scenario)?;
-                let config = scenario.folder.join("config.toml");
-                let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
-                machine.eniup(&verb)?;
+                let verb = "reconcile --automatic --timeout 300ms";
+                machine.eniup(verb)?;
                 let before = ways(&observe()?)?;
                 let file = machine.directory.join("ledger.json");
                 match ledger {
@@ -215,7 +209,7 @@ fn an_ignored_eni_that_is_not_listed_sends_nothing_another_way_when_the_ledger_i
                 }
                 let third = MacAddr::from_bytes(&[2, 0, 0, 0, 0, 3]).context("a MAC address")?;
                 Lie::Unlisted.tell(machine, third, &told(IGNORED)?);
-                let run = machine.eniup(&verb)?;
+                let run = machine.eniup(verb)?;
                 ensure!(run.exit == 0 && ways(&observe()?)? == before, "{}: {}", run.exit, run.stderr);
                 Ok(())
             })
@@ -242,12 +236,10 @@ fn what_is_left_alone_becomes_ours_on_proof_only_and_by_hand_at_once() {
         };
         for is_by_hand in [false, true] {
             with_scenario(SHARED, |machine| {
-                std::fs::create_dir_all(&machine.directory)?;
-                let config = machine.directory.join("test.toml");
-                std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+                machine.configure("[[ignore]]\nsecurity_group = 'eks-*'\n")?;
                 let run = |verb: &str, group: &str, is_managed: bool| -> Result<()> {
                     machine.publish(of_group(group)?);
-                    let run = machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()))?;
+                    let run = machine.eniup(&format!("{verb} --timeout 300ms"))?;
                     let exit = if is_managed || group == "eks-nodes" { 0 } else { 3 };
                     ensure!(run.exit == exit, "{verb} {group}: {} {}", run.exit, run.stderr);
                     ensure!(ip("addr show eth03")?.contains("10.0.1.") == is_managed, "{verb} {group}: {}", run.stderr);
@@ -285,21 +277,19 @@ fn what_goes_to_an_eni_that_is_still_left_alone_stays_where_it_is() {
             Ok(leaves)
         };
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, "[[ignore]]\nsecurity_group = 'eks-*'\n")?;
-            let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
+            machine.configure("[[ignore]]\nsecurity_group = 'eks-*'\n")?;
+            let verb = "reconcile --automatic --timeout 300ms";
             machine.publish(with_groups("eks-nodes", 2)?);
-            machine.eniup(&verb)?;
+            machine.eniup(verb)?;
             ensure!(holders("10.0.1.77")? == [2], "{:?}", holders("10.0.1.77")?);
             age_arrivals(machine, ARRIVAL_DOUBT)?;
             machine.publish(with_groups("web", 3)?);
-            let run = machine.eniup(&verb)?;
+            let run = machine.eniup(verb)?;
             let is_named = run.stderr.contains("eni-03 is pending: it was left alone until now");
             ensure!(run.exit == 3 && is_named, "{}: {}", run.exit, run.stderr);
             ensure!(holders("10.0.1.77")? == [2] && leaves_by("10.0.1.77")? == 2, "{}", run.stderr);
             age_notes(machine, PROOF_PAUSE)?;
-            let run = machine.eniup(&verb)?;
+            let run = machine.eniup(verb)?;
             ensure!(run.exit == 0 && holders("10.0.1.77")? == [3], "{}: {}", run.exit, run.stderr);
             Ok(())
         })
@@ -320,10 +310,9 @@ fn a_default_in_main_of_an_eni_that_comes_to_be_ignored_is_in_nobodys_way() {
             machine.reconcile(0)?;
             let default = || ip("-6 route show default table main");
             ensure!(default()?.contains("dev eth02"), "{}", default()?);
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, "[[ignore]]\nmac = '02:00:00:00:00:02'\n")?;
+            machine.configure("[[ignore]]\nmac = '02:00:00:00:00:02'\n")?;
             for verb in ["reconcile --automatic", "reconcile"] {
-                let run = machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()))?;
+                let run = machine.eniup(&format!("{verb} --timeout 300ms"))?;
                 ensure!(run.exit == 0 && default()?.contains("dev eth02"), "{verb}: {} {}", run.exit, run.stderr);
             }
             Ok(())
@@ -356,7 +345,6 @@ fn an_eni_gets_the_table_of_another_one_in_its_subnet_that_has_another_number_no
 #[test]
 fn of_enis_that_are_gone_nothing_stays_because_of_one_that_is_left_alone() {
     inside(|| {
-        let scenario = scenario(IGNORED)?;
         with_scenario(IGNORED, |machine| {
             machine.reconcile(0)?;
             let narrow = |subnet: &str| Ok::<_, anyhow::Error>(ip("rule show")?.contains(&format!(" to {subnet} ")));
@@ -365,8 +353,8 @@ fn of_enis_that_are_gone_nothing_stays_because_of_one_that_is_left_alone() {
             without_second.retain(|key, _| !key.starts_with(&path(2, "")));
             machine.publish(without_second);
             ip("link del eth02")?;
-            let config = scenario.folder.join("config.toml");
-            let run = machine.eniup(&format!("--config {} reconcile --automatic --timeout 300ms", config.display()))?;
+            machine.configure(&scenario(IGNORED)?.configuration().context("none")?)?;
+            let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
             ensure!(run.exit == 0 && narrow("10.0.1.0/24")? && !narrow("10.0.2.0/24")?, "{}", ip("rule show")?);
             Ok(())
         })
@@ -380,15 +368,14 @@ fn the_primary_keeps_its_own_default_when_the_last_managed_eni_goes() {
         let scenario = scenario(IGNORED)?;
         on_a_machine(|machine| {
             arrange(machine, &scenario)?;
-            let config = scenario.folder.join("config.toml");
-            let verb = format!("--config {} reconcile --automatic --timeout 300ms", config.display());
-            machine.eniup(&verb)?;
+            let verb = "reconcile --automatic --timeout 300ms";
+            machine.eniup(verb)?;
             let before = ways(&observe()?)?;
             let mut without_second = told(IGNORED)?;
             without_second.retain(|key, _| !key.starts_with(&path(2, "")));
             machine.publish(without_second);
             ip("link del eth02")?;
-            let run = machine.eniup(&verb)?;
+            let run = machine.eniup(verb)?;
             let after = ways(&observe()?)?;
             ensure!(run.exit == 0 && !after.is_empty(), "{}: {}", run.exit, run.stderr);
             let other: Vec<_> = after.iter().filter(|(way, by)| before.get(way) != Some(by)).collect();
@@ -605,10 +592,8 @@ fn what_the_primary_has_by_dhcp_goes_to_no_other_whatever_metadata_says() {
 fn what_metadata_gives_to_an_ignored_eni_goes_on_proof_only() {
     inside(|| {
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, "[[ignore]]\nid = 'eni-03'\n")?;
-            let verb = |verb: &str| format!("--config {} {verb} --timeout 2s", config.display());
+            machine.configure("[[ignore]]\nid = 'eni-03'\n")?;
+            let verb = |verb: &str| format!("{verb} --timeout 2s");
             let of = |eni: u8| Ok::<_, anyhow::Error>(and(told(SHARED)?, eni, "local-ipv4s", "10.0.1.77"));
             machine.publish(of(2)?);
             let run = machine.eniup(&verb("reconcile"))?;
@@ -943,19 +928,16 @@ fn an_address_that_somebody_else_has_configured_keeps_its_way_without_proof() {
             with_scenario(SHARED, |machine| {
                 let address = if holder == 1 { "10.0.0.77" } else { "10.0.1.77" };
                 let before = and(told(SHARED)?, 2, "local-ipv4s", "10.0.1.78");
-                let config = machine.directory.join("test.toml");
-                std::fs::create_dir_all(&machine.directory)?;
-                std::fs::write(&config, if ignored { "[[ignore]]\nid = 'eni-03'\n" } else { "" })?;
-                let verb = |verb: &str| format!("--config {} {verb}", config.display());
+                machine.configure(if ignored { "[[ignore]]\nid = 'eni-03'\n" } else { "" })?;
                 ip("link set eth03 up")?;
                 ip(&format!("addr add {address}/32 dev eth0{holder}"))?;
                 machine.publish(and(before.clone(), holder, "local-ipv4s", address));
-                machine.eniup(&verb("reconcile"))?;
+                machine.eniup("reconcile")?;
                 // Whoever has an ENI of its own has its own rules; here it is enough that eniup has none for it.
                 let way = if ignored { 1 } else { holder };
                 ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, ip("rule show")?);
                 machine.publish(before);
-                let run = machine.eniup(&verb("reconcile --automatic --timeout 2s"))?;
+                let run = machine.eniup("reconcile --automatic --timeout 2s")?;
                 ensure!(run.exit == 0 && holders(address)? == [holder], "{}: {}", run.exit, run.stderr);
                 ensure!(leaves_by(address)? == way, "by {}: {}", leaves_by(address)?, run.stderr);
                 let neighbour = ip(&format!("route get 10.0.1.9 from {address}"))?;
@@ -1130,9 +1112,7 @@ fn who_stands_in_for_the_primary_does_so_when_another_eni_comes() {
 fn a_default_that_is_chosen_for_main_is_the_only_one() {
     inside(|| {
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            let run = || machine.eniup(&format!("--config {} reconcile --timeout 2s", config.display()));
+            let run = || machine.eniup("reconcile --timeout 2s");
             let mut leaves = told(SHARED)?;
             for eni in BOTH {
                 leaves.insert(path(eni, "ipv6s"), format!("2600:1f16::2{eni}"));
@@ -1140,7 +1120,7 @@ fn a_default_that_is_chosen_for_main_is_the_only_one() {
             }
             machine.publish(leaves);
             for (chosen, by) in [("", 2), ("[[eni]]\nid = 'eni-03'\nroutes = [{ to = '::/0', table = 'main' }]\n", 3)] {
-                std::fs::write(&config, chosen)?;
+                machine.configure(chosen)?;
                 let said = run()?;
                 let default = ip("-6 route show default table main")?;
                 let is_only = default.contains(&format!("dev eth0{by} ")) && default.lines().count() == 1;
@@ -1159,10 +1139,8 @@ fn a_default_in_main_that_stays_is_not_the_primarys() {
         let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '0.0.0.0/0', table = 'main' }]\n";
         for has_third in [false, true] {
             with_scenario(SHARED, |machine| {
-                std::fs::create_dir_all(&machine.directory)?;
-                let config = machine.directory.join("test.toml");
-                std::fs::write(&config, chosen)?;
-                let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+                machine.configure(chosen)?;
+                let run = |verb: &str| machine.eniup(&format!("{verb} --timeout 300ms"));
                 let mut leaves = told(SHARED)?;
                 leaves.retain(|key, _| has_third || !key.starts_with(&path(3, "")));
                 machine.publish(leaves.clone());
@@ -1188,7 +1166,7 @@ fn a_default_in_main_that_stays_is_not_the_primarys() {
                     be_well(machine);
                 }
                 machine.publish(leaves);
-                std::fs::write(&config, format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
+                machine.configure(&format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
                 for verb in ["reconcile --automatic", "reconcile"] {
                     let said = run(verb)?;
                     ensure!(is_right()?, "ignored, {verb}: {} {}{}", said.exit, said.stderr, ip("rule")?);
@@ -1206,10 +1184,8 @@ fn what_is_chosen_for_main_takes_nothing_from_the_primary() {
     inside(|| {
         let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, chosen)?;
-            let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+            machine.configure(chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("{verb} --timeout 300ms"));
             let said = run("reconcile")?;
             ensure!(said.exit == 0, "{}", said.stderr);
             let left = run("plan")?;
@@ -1232,13 +1208,13 @@ fn what_is_chosen_for_main_takes_nothing_from_the_primary() {
                 be_well(machine);
             }
             machine.publish(leaves);
-            std::fs::write(&config, format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
+            machine.configure(&format!("{chosen}[[ignore]]\nid = 'eni-02'\n"))?;
             for verb in ["reconcile --automatic", "reconcile"] {
                 let said = run(verb)?;
                 ensure!(is_right()?, "ignored, {verb}: {} {}{}", said.exit, said.stderr, ip("rule")?);
             }
             // With the route its rule goes.
-            std::fs::write(&config, "")?;
+            machine.configure("")?;
             run("reconcile")?;
             ensure!(!ip("rule")?.contains("10.50.0.0/16"), "{}", ip("rule")?);
             machine.assert_settled()
@@ -1253,10 +1229,8 @@ fn what_is_chosen_for_main_waits_for_a_primary_that_cannot_be_read() {
         let chosen =
             "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, chosen)?;
-            let run = |verb: &str| machine.eniup(&format!("--config {} {verb} --timeout 300ms", config.display()));
+            machine.configure(chosen)?;
+            let run = |verb: &str| machine.eniup(&format!("{verb} --timeout 300ms"));
             let is_primarys = || {
                 let by = |to: &str| {
                     Ok::<_, anyhow::Error>(ip(&format!("route get {to} from 10.0.0.10"))?.contains("dev eth01 "))
@@ -1294,10 +1268,8 @@ fn what_is_chosen_for_main_waits_for_the_primarys_family_to_be_told() {
         let chosen =
             "[[eni]]\nid = 'eni-02'\nmain_routes = 'connected'\nroutes = [{ to = '2600:9::/32', table = 'main' }]\n";
         with_scenario(DUAL, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, chosen)?;
-            let run = || machine.eniup(&format!("--config {} reconcile --timeout 2s", config.display()));
+            machine.configure(chosen)?;
+            let run = || machine.eniup("reconcile --timeout 2s");
             let told = told(DUAL)?;
             let own = told[&path(1, "ipv6s")].lines().next().context("no IPv6 address")?.to_string();
             ip(&format!("-6 addr add {own}/128 dev eth01 nodad valid_lft 450 preferred_lft 140"))?;
@@ -1328,10 +1300,8 @@ fn what_is_chosen_for_main_waits_for_the_primarys_family_to_be_told() {
 fn the_primarys_way_to_an_isolated_enis_subnet_is_the_same_while_that_cannot_be_read() {
     inside(|| {
         with_scenario("ipv4-only-primary-dual-stack-secondary", |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, "[[eni]]\nid = 'eni-02'\nisolate = true\n")?;
-            let run = || machine.eniup(&format!("--config {} reconcile --automatic --timeout 300ms", config.display()));
+            machine.configure("[[eni]]\nid = 'eni-02'\nisolate = true\n")?;
+            let run = || machine.eniup("reconcile --automatic --timeout 300ms");
             ip("link set eth02 up")?;
             ip("addr add 10.0.1.20/24 dev eth02")?;
             let way = || ip("route get 10.0.1.99 from 10.0.0.10");
@@ -1353,10 +1323,8 @@ fn somebodys_routes_by_the_primary_are_followed_beside_what_is_chosen_for_main()
     inside(|| {
         let chosen = "[[eni]]\nid = 'eni-02'\nroutes = [{ to = '10.50.0.0/16', table = 'main' }]\n";
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, chosen)?;
-            let run = |verb: &str| machine.eniup(&format!("--config {} {verb}", config.display()));
+            machine.configure(chosen)?;
+            let run = |verb: &str| machine.eniup(verb);
             let way = |to: &str| ip(&format!("route get {to} from 10.0.0.10"));
             let is_by = |to: &str, by: &str| Ok::<_, anyhow::Error>(way(to)?.contains(&format!("via {by} ")));
             let settle = || {
@@ -1390,17 +1358,15 @@ fn release_leaves_what_keeps_an_ignored_eni_and_the_primary_apart() {
     inside(|| {
         let chosen = "[[eni]]\nid = 'eni-00000002'\nmain_routes = 'connected'\nroutes = [{ to = '10.50.0.0/16', table = 'both' }]\n";
         with_scenario(SHARED, |machine| {
-            std::fs::create_dir_all(&machine.directory)?;
-            let config = machine.directory.join("test.toml");
-            std::fs::write(&config, chosen)?;
-            let run = |verb: &str| machine.eniup(&format!("--config {} {verb}", config.display()));
+            machine.configure(chosen)?;
+            let run = |verb: &str| machine.eniup(verb);
             machine.publish(
                 told(SHARED)?.into_iter().map(|(key, body)| (key, body.replace("eni-0", "eni-0000000"))).collect(),
             );
             let said = run("reconcile")?;
             ensure!(ip("route get 10.50.0.1")?.contains("dev eth02 "), "nothing is chosen: {}", said.stderr);
             // By MAC, which the kernel alone tells.
-            std::fs::write(&config, format!("{chosen}[[ignore]]\nmac = '02:00:00:00:00:02'\n"))?;
+            machine.configure(&format!("{chosen}[[ignore]]\nmac = '02:00:00:00:00:02'\n"))?;
             let is_right = || {
                 let by = |way: &str, eni: u8| {
                     Ok::<_, anyhow::Error>(ip(&format!("route get {way}"))?.contains(&format!("dev eth0{eni} ")))

@@ -110,9 +110,23 @@ pub fn read_leaves(snapshot: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 impl Machine {
+    /// From now on eniup is configured with this text, in place of what it was before.
+    pub fn configure(&self, text: &str) -> Result<()> {
+        fs::create_dir_all(&self.directory)?;
+        Ok(fs::write(self.configuration(), text)?)
+    }
+
+    fn configuration(&self) -> PathBuf {
+        self.directory.join("test.toml")
+    }
+
     /// eniup with these arguments, on this machine.
     pub fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_eniup"));
+        let configuration = self.configuration();
+        if configuration.exists() {
+            command.arg("--config").arg(configuration);
+        }
         command.args(arguments.split_whitespace());
         command.env("RUNTIME_DIRECTORY", &self.directory).env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &self.endpoint);
         command

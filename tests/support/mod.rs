@@ -111,9 +111,26 @@ pub fn scenarios() -> Result<Vec<Scenario>> {
 }
 
 impl Scenario {
+    /// The text of its configuration, if it has one.
+    pub fn configuration(&self) -> Option<String> {
+        fs::read_to_string(self.folder.join("config.toml")).ok()
+    }
+
     pub fn plan(&self, observed: &Observed) -> Plan {
-        let selected = self.selected(observed);
-        plan(&desired(&selected, &self.config), observed, selected.primary, &self.config)
+        self.plan_of(&self.selected(observed), observed)
+    }
+
+    /// The same on the machine that the test runs on, which has none of the scenario's files.
+    pub fn plan_without_files(&self, observed: &Observed) -> Plan {
+        self.plan_of(&self.selected_without_files(observed), observed)
+    }
+
+    pub fn selected_without_files(&self, observed: &Observed) -> Attached {
+        select(&self.attached, &self.tree, observed, &Files::default(), &self.config)
+    }
+
+    fn plan_of(&self, selected: &Attached, observed: &Observed) -> Plan {
+        plan(&desired(selected, &self.config), observed, selected.primary, &self.config)
     }
 
     /// What others left on the machine.

@@ -31,7 +31,10 @@ pub fn arrange(machine: &mut Machine, scenario: &Scenario) -> Result<()> {
     for command in changes(machine, scenario) {
         ip(&command)?;
     }
-    Ok(())
+    match &scenario.configuration() {
+        Some(text) => machine.configure(text),
+        None => Ok(()),
+    }
 }
 
 /// How the machine differs from one that EC2 alone has changed, as ip(8) commands.
