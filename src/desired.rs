@@ -183,6 +183,14 @@ fn secondary_eni(machine: &Machine, mac: MacAddr, eni: &Eni) -> DesiredEni {
     };
     routes.retain(|route| !is_replaced(&route.object));
     routes.extend(chosen);
+    // A chosen route to the whole subnet is in the place of the one by which the router is found.
+    let is_subnet = |route: &Route| route.table == table && route.kind == RouteKind::Unicast && route.gateway.is_none();
+    let subnets = routes.iter().map(|route| &route.object).filter(|route| is_subnet(route));
+    let subnets: Vec<IpNet> = subnets.map(|route| route.destination).collect();
+    let is_found = |gateway: IpAddr| subnets.iter().any(|subnet| subnet.contains(&gateway));
+    for route in routes.iter_mut().map(|route| &mut route.object) {
+        route.is_onlink |= route.gateway.is_some_and(|gateway| gateway.is_ipv4() && !is_found(gateway));
+    }
     DesiredEni {
         id: eni.id.clone(),
         table,

@@ -239,6 +239,9 @@ fn outcome<'a>(observed: &Observed, packet: &Packet, rule: &Rule, link: Option<u
     if route.kind == RouteKind::Other(kind::THROW) {
         return Outcome::Thrown(route);
     }
+    if may_hide_another(packet, link, route) {
+        return Outcome::Decided(Way::Unknown(Doubt::Route), Some(route));
+    }
     let way = way(packet, link, route);
     // A route that refuses is an error to the kernel, and only a success is suppressed.
     if !matches!(way, Way::Nowhere(_)) {
@@ -305,12 +308,18 @@ fn may_leave_by(packet: &Packet, link: Option<u32>, route: &Route) -> bool {
         RouteKind::Unreachable | RouteKind::Other(kind::BLACKHOLE | kind::PROHIBIT | kind::THROW) => {
             packet.destination.family() == Family::V4
         }
-        // IPv6's dump goes from the first of many next hops to the last (`fib6_dump_node`), and does not tell a route
-        // without a gateway that was added between them.
-        RouteKind::Other(kind::UNICAST) if packet.destination.family() == Family::V6 => true,
         // A route of many links may have this one among them.
-        RouteKind::Unicast | RouteKind::Other(_) => link.is_none_or(|link| link == output),
+        RouteKind::Unicast | RouteKind::Other(_) => {
+            link.is_none_or(|link| link == output) || may_hide_another(packet, link, route)
+        }
     }
+}
+
+/// IPv6's dump goes from the first of many next hops to the last (`fib6_dump_node`), and does not tell a route without a gateway that
+/// was added between them: by it a socket that is bound to its link may leave.
+fn may_hide_another(packet: &Packet, link: Option<u32>, route: &Route) -> bool {
+    let is_bound_elsewhere = packet.input.is_none() && packet.output.is_some() && packet.output != link;
+    is_bound_elsewhere && route.kind == RouteKind::Other(kind::UNICAST) && packet.destination.family() == Family::V6
 }
 
 fn way(packet: &Packet, link: Option<u32>, route: &Route) -> Way {

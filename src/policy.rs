@@ -247,7 +247,8 @@ pub fn is_best_default_by<'a>(
     let defaults: Vec<_> = routes.filter(is_default).collect();
     let best = defaults.iter().map(|(_, route)| route.metric).min();
     let mut best = defaults.iter().filter(|(_, route)| Some(route.metric) == best);
-    best.any(|(link, _)| link.is_some_and(|link| links.contains(&link)))
+    // The kernel names no link where a next hop is an object of its own.
+    best.any(|(link, _)| link.map_or(!links.is_empty(), |link| links.contains(&link)))
 }
 
 /// "If `main` has a specific route by something that is not an ENI (docker0, cni0, a veth, wg0), use it": without it a

@@ -81,17 +81,65 @@ pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>>
                 rules.push((Some(*eni), Wanted { object: rule, reason }));
             }
         }
-        let inside = |inner: &Route| destination.contains(&inner.destination) && inner.destination != destination;
-        for (_, inner) in routes.iter().filter(|(index, inner)| inside(inner) && eni_link(index).is_none()) {
-            let to = inner.destination;
-            let guard = policy::guard_rule(config, to.family());
-            let rule = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
-            let reason = format!("no ENI's, though inside {destination} by {}", link.name);
-            rules.push((None, Wanted { object: rule, reason }));
-        }
+        rules.extend(guards_inside(destination, &link.name, &routes, &eni_link, config));
     }
+    rules.extend(to_own_networks(circumstances, &routes, &eni_link));
     let mut seen = BTreeSet::new();
     rules.retain(|(_, rule)| seen.insert(rule.object.clone()));
+    rules
+}
+
+/// For each route of a container, bridge or tunnel that is for a part of this destination, which rules before the guard take out of its
+/// hands: a guard rule for itself.
+fn guards_inside<'a, 'b>(
+    destination: IpNet,
+    taker: &str,
+    routes: &BTreeSet<(Option<u32>, Route)>,
+    eni_link: &impl Fn(&Option<u32>) -> Option<&'a Link>,
+    config: &Config,
+) -> Vec<OfEni<'b>> {
+    let is_inside = |inner: &Route| destination.contains(&inner.destination) && inner.destination != destination;
+    let inner = routes.iter().filter(|(index, inner)| is_inside(inner) && eni_link(index).is_none());
+    let guard = |(_, inner): &(Option<u32>, Route)| {
+        let to = inner.destination;
+        let guard = policy::guard_rule(config, to.family());
+        let object = Rule { to: Some(to), priority: policy::priority_before_guard(config, &to, 0), ..guard };
+        (None, Wanted { object, reason: format!("no ENI's, though inside {destination} by {taker}") })
+    };
+    inner.map(guard).collect()
+}
+
+/// `main` need not have an ENI's own subnet, nor what is chosen for its table. So the longest match there may be a route around it, as a
+/// split tunnel has for all private networks, and the guard rule would follow that instead of the longer one in the ENI's table.
+fn to_own_networks<'a, 'b>(
+    circumstances: &Circumstances<'_, 'b>,
+    routes: &BTreeSet<(Option<u32>, Route)>,
+    eni_link: &impl Fn(&Option<u32>) -> Option<&'a Link>,
+) -> Vec<OfEni<'b>> {
+    let Circumstances { placed, primary, rules: wanted, config, .. } = circumstances;
+    let others: Vec<IpNet> =
+        routes.iter().filter(|(index, _)| eni_link(index).is_none()).map(|(_, route)| route.destination).collect();
+    let is_taken = |to: &IpNet| {
+        let around = |other: &IpNet| other.contains(to) && other != to;
+        others.iter().any(around) && !others.contains(to)
+    };
+    let mut rules = Vec::new();
+    for (eni, link) in placed.iter().filter(|(mac, _)| *mac != primary).map(|(_, placed)| *placed) {
+        let own = eni.routes.iter().map(|route| &route.object);
+        let own = own.filter(|route| route.table == eni.table && route.destination.prefix_len() > 0);
+        let own: BTreeSet<IpNet> = own.map(|route| route.destination).filter(is_taken).collect();
+        for to in own {
+            for rule in circumstances.rules_of(eni).filter(|rule| rule.family == to.family() && wanted.contains(*rule))
+            {
+                let rank = rule.priority.saturating_sub(eni.table).checked_div(config.subnet_rule_offset).unwrap_or(0);
+                let priority = policy::priority_before_guard(config, &to, rank);
+                let object = Rule { to: Some(to), priority, ..rule.clone() };
+                let reason = format!("{to} is {}'s, though inside a wider network that main has by no ENI", eni.id);
+                rules.push((Some(eni), Wanted { object, reason }));
+            }
+            rules.extend(guards_inside(to, &link.name, routes, eni_link, config));
+        }
+    }
     rules
 }
 
@@ -246,7 +294,12 @@ fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
     let staying = staying(circumstances);
     // What has no gateway may be its subnet.
     let by_pending = foreign().filter(|(index, route)| route.gateway.is_none() && of(index).is_some_and(is_pending));
-    let leading = by_pending.chain(routes.iter()).chain(&staying);
+    // An isolated ENI's subnet means other machines than the primary's, if both are called the same.
+    let subnets = || eni.routes.iter().map(|route| route.object.destination).filter(|net| net.prefix_len() > 0);
+    let is_isolated = |link: &Link| link.mac.is_some_and(|mac| desired.isolated.contains(&mac));
+    let is_primarys = |route: &Route| subnets().any(|subnet| subnet.contains(&route.destination));
+    let by_isolated = foreign().filter(|(index, route)| of(index).is_some_and(is_isolated) && is_primarys(route));
+    let leading = by_pending.chain(by_isolated).chain(routes.iter()).chain(&staying);
     let leading = leading.filter(|(_, route)| policy::is_mains_for_some(route));
     // The table has these, too.
     let has = |net: &IpNet| eni.routes.iter().any(|route| route.object.destination == *net);

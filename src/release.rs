@@ -43,8 +43,9 @@ pub fn release(observed: &Observed, named: Option<&Share>, ledger: &Ledger, conf
     let is_named = |index: &u32| named.is_some_and(|named| named.link == *index);
     let ignored = ignored_links(observed, config).into_iter().filter(|index| !is_named(index)).collect();
     let left_alone = LeftAlone::of_links(ignored, observed, config);
-    let (stays, mut steps): (Vec<Step>, Vec<Step>) =
-        steps.into_iter().partition(|step| left_alone.has(&step.operation));
+    // The group is of use to the rules of others only, and goes with the last of those.
+    let stays = |step: &Step| left_alone.has(&step.operation) && !is_group(&step.operation);
+    let (stays, mut steps): (Vec<Step>, Vec<Step>) = steps.into_iter().partition(stays);
     let leads_somewhere =
         |step: &Step| matches!(step.operation, Operation::DeleteRule { .. } | Operation::DeleteRoute { .. });
     if stays.iter().any(leads_somewhere) {
@@ -59,17 +60,23 @@ pub fn release(observed: &Observed, named: Option<&Share>, ledger: &Ledger, conf
 fn keeps_apart(operation: &Operation, config: &Config) -> bool {
     let of_primary = config.table_base;
     match operation {
-        Operation::ResetLink { change: LinkChange::Group(_), .. } => true,
+        Operation::ResetLink { .. } => is_group(operation),
         Operation::DeleteRule { rule } => !policy::leads_to_eni(config, rule) || rule.table == of_primary,
         Operation::DeleteRoute { route, .. } => route.table == of_primary,
         _ => false,
     }
 }
 
+fn is_group(operation: &Operation) -> bool {
+    matches!(operation, Operation::ResetLink { change: LinkChange::Group(_), .. })
+}
+
 /// What belongs to one ENI, by what the kernel alone tells.
 pub struct Share {
     pub link: u32,
     tables: BTreeSet<u32>,
+    /// `main` has routes by the link, which the guard rule would follow for other ENIs if it were in no group.
+    keeps_group: bool,
 }
 
 impl Share {
@@ -83,12 +90,18 @@ impl Share {
         let by_rule = rules.filter(|rule| rule.oif.as_ref().is_some_and(is_its)).map(|rule| rule.table);
         let tables = by_route.chain(by_rule).filter(|table| *table != policy::MAIN_TABLE);
         let tables = tables.flat_map(|table| Family::BOTH.map(|family| policy::last_table(config, table, family)));
-        Some(Share { link: link.index, tables: tables.collect() })
+        let tables: BTreeSet<u32> = tables.collect();
+        let mut rules = observed.rules.iter().filter(|rule| policy::owns_rule(config, rule));
+        let is_beside_others = rules.any(|rule| policy::leads_to_eni(config, rule) && !tables.contains(&rule.table));
+        let mut mains = observed.routes.iter().filter(|(_, route)| policy::is_mains_for_some(route));
+        let is_mains = mains.any(|(index, route)| *index == Some(link.index) && !policy::owns_route(config, route));
+        Some(Share { link: link.index, tables, keeps_group: is_beside_others && is_mains })
     }
 
     /// The steps that are about it.
     pub fn only(&self, plan: Plan) -> Plan {
         let is_its = |operation: &Operation| match operation {
+            Operation::ResetLink { .. } if self.keeps_group && is_group(operation) => false,
             Operation::DeleteAddress { link, .. } | Operation::ResetLink { link, .. } => link.index == self.link,
             Operation::DeleteRoute { link, route } => {
                 link.as_ref().is_some_and(|link| link.index == self.link) || self.tables.contains(&route.table)

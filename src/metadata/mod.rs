@@ -301,10 +301,13 @@ impl Reader<'_> {
         if slot == Slot::PRIMARY && !is_primary {
             return Err(Reason::PlaceholderSlot);
         }
-        // 32 cards of 24 ENIs are the most that EC2 has; each card's ENIs need a table of their own within a hundred.
-        if slot.network_card > 99 || slot.device_number > 99 {
-            let key = if slot.network_card > 99 { "network-card" } else { "device-number" };
-            return Err(Reason::Invalid { key: key.into(), why: format!("{slot} is out of range (0 to 99)") });
+        // 32 cards of 24 ENIs are the most that EC2 has. Each card's ENIs need tables of their own within a hundred, and all of
+        // them must end before those of the last resorts.
+        for (key, number, last) in [("network-card", slot.network_card, 31), ("device-number", slot.device_number, 99)]
+        {
+            if number > last {
+                return Err(Reason::Invalid { key: key.into(), why: format!("{slot} is out of range (0 to {last})") });
+            }
         }
         Ok(slot)
     }

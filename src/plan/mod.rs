@@ -100,8 +100,7 @@ pub fn plan(desired: &Desired, observed: &Observed, primary: MacAddr, config: &C
     spare_shared_rules(&mut removals, &keep.rules, observed, config);
     plan.notes.extend(spare_carriers(&mut removals, observed, config));
     plan.steps.extend(removals);
-    // Stable: where nothing else orders them, each ENI's own order stays.
-    plan.steps.sort_by_cached_key(|step| (step.operation.phase(), step.operation.turn()));
+    plan.sort();
     plan
 }
 
@@ -189,6 +188,26 @@ fn reference(link: &Link) -> LinkRef {
 }
 
 impl Plan {
+    /// Stable: where nothing else orders them, each ENI's own order stays. Where one of the same link is in the place of a wanted route,
+    /// which the kernel gives to one alone, it goes right before that comes.
+    fn sort(&mut self) {
+        let place = |link: &Option<LinkRef>, route: &Route| {
+            (link.as_ref().map(|link| link.index), route.table, route.destination, route.metric)
+        };
+        let coming = self.steps.iter().filter_map(|step| match &step.operation {
+            Operation::AddRoute { link, route } => Some((place(link, route), step.operation.phase())),
+            _ => None,
+        });
+        let coming: BTreeMap<_, u8> = coming.collect();
+        self.steps.sort_by_cached_key(|step| {
+            let next = match &step.operation {
+                Operation::DeleteRoute { link, route } => coming.get(&place(link, route)),
+                _ => None,
+            };
+            (next.copied().unwrap_or(step.operation.phase()), next.is_none(), step.operation.turn())
+        });
+    }
+
     fn push(&mut self, eni: Option<&DesiredEni>, operation: Operation, reason: impl Into<String>) {
         self.steps.push(Step { eni: eni.map(|eni| eni.id.clone()), operation, reason: reason.into() });
     }
