@@ -105,6 +105,10 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             trial.await_confirmation(since_boot()?, &options.directory)?;
             return Ok(report);
         }
+        if report.is_settled() {
+            // Nothing was to be done, which is as good as done.
+            lift_hold(&mut netlink, options).await?;
+        }
         if !report.may_pass() || Instant::now() + pause >= options.deadline {
             return Ok(report);
         }
@@ -320,13 +324,38 @@ async fn make_way(netlink: &mut Netlink, options: &Options) -> Result<()> {
         Standing::Confirmed | Standing::Superseded => Ok(()),
         Standing::Waits(left) => Err(InTheWay::Waits(left).into()),
         Standing::RolledBack(why) if options.is_automatic => Err(InTheWay::RolledBack(why).into()),
-        Standing::RolledBack(_) => trial.become_state(trial::State::Superseded, &options.directory),
+        // It holds automatic runs back until this one has come to something.
+        Standing::RolledBack(_) => Ok(()),
         Standing::Overdue => {
             roll_back(&mut trial, OVERDUE, netlink, options).await?;
             bail!(
                 "{OVERDUE}, so it was rolled back and nothing else was done; run `eniup reconcile` to have it after all"
             )
         }
+    }
+}
+
+/// What was rolled back is had after all, by hand, so automatic runs may go on with it. The lock has to be held.
+///
+/// # Errors
+/// No netlink, or it cannot be written.
+async fn lift_hold(netlink: &mut Netlink, options: &Options) -> Result<()> {
+    match last_trial(netlink, options).await? {
+        Some(mut trial) if trial.was_rolled_back() => trial.become_state(trial::State::Superseded, &options.directory),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Ends an earlier run's trial, since what it noted is not to come back. The lock has to be held.
+///
+/// # Errors
+/// As for [`lift_hold`].
+async fn end_trial(netlink: &mut Netlink, options: &Options) -> Result<()> {
+    match last_trial(netlink, options).await? {
+        // There is nothing to come back, and whoever was cut off would be again as soon as an automatic run comes.
+        Some(trial) if trial.was_rolled_back() => Ok(()),
+        Some(mut trial) => trial.become_state(trial::State::Superseded, &options.directory),
+        None => Ok(()),
     }
 }
 
@@ -379,17 +408,19 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     let _turn = lock::acquire(&options.directory, options.deadline).await?;
     ledger::load_or_mend(&options.directory, since_boot()?);
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    if let Some(mut trial) = last_trial(&mut netlink, options).await? {
-        // Before anything is taken away, or a rollback would bring some of it back.
-        trial.become_state(trial::State::Superseded, &options.directory)?;
-    }
-    lock::count_decision(&options.directory);
     let mut report = Report::default();
     let mut failures = Vec::new();
     // Found once: its name goes with the rest.
     let share = share(eni, &netlink.observe().await?, &options.config)?;
     for round in 0.. {
         let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
+        // Of all that is ours also what a run on trial has taken away must not come back.
+        if round == 0 && (share.is_none() || !plan.steps.is_empty()) {
+            // As late as can be, or a release that fails would have ended it for nothing; but before anything is taken away,
+            // or a rollback would bring some of it back.
+            end_trial(&mut netlink, options).await?;
+            lock::count_decision(&options.directory);
+        }
         if plan.steps.is_empty() {
             report.unsettled = plan.notes;
             // What stays has to be known as ours to the one who comes back for it, and an old kernel does not tell.
@@ -436,9 +467,12 @@ async fn converge(
             report.unsettled = unsettled(&machine, &failures);
             break;
         }
-        if let Some(trial) = &mut trial {
-            trial.note(&plan.steps, &observed, &options.directory)?;
-            lock::count_decision(&options.directory);
+        match &mut trial {
+            Some(trial) => {
+                trial.note(&plan.steps, &observed, &options.directory)?;
+                lock::count_decision(&options.directory);
+            }
+            None => lift_hold(netlink, options).await?,
         }
         let noted = ledger.noting(&plan.steps, &observed);
         keep(ledger, noted.with_arrivals(&plan.steps, &desired, &observed, since_boot()?), options);

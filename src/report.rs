@@ -126,6 +126,11 @@ impl Report {
         troubles.chain(self.unsettled.iter().map(|unsettled| format!("not done: {unsettled}").into())).collect()
     }
 
+    /// Whether all is done that can be: what is wrong still is wrong for good.
+    pub fn is_settled(&self) -> bool {
+        self.unsettled.is_empty() && !self.may_pass()
+    }
+
     /// Whether waiting may help.
     pub fn may_pass(&self) -> bool {
         self.troubles.values().any(|trouble| trouble.state == State::Pending)

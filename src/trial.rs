@@ -142,6 +142,10 @@ impl Trial {
         links.values().any(|link| link.mac == Some(self.primary))
     }
 
+    pub fn was_rolled_back(&self) -> bool {
+        matches!(self.state, State::RolledBack(_))
+    }
+
     pub fn is_same(&self, other: &Trial) -> bool {
         (self.process, self.begun) == (other.process, other.begun)
     }

@@ -36,6 +36,9 @@ use vpc_lab::vpc::{CreateEni, Port};
 /// What the run on trial says when it waits.
 const WAITS: &str = "unless you run `eniup confirm`";
 
+/// The addresses of the second ENI.
+const SECOND_LIST: &str = "network/interfaces/macs/02:00:00:00:00:02/local-ipv4s";
+
 /// For what has to happen soon, on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -485,6 +488,88 @@ fn nobody_overtakes_a_run_on_trial_but_release_ends_it() {
             assert_same(&found, "after release")?;
             says(machine, "reconcile --automatic", 0, "")
         })
+    });
+}
+
+/// Of no link, and of a link that has nothing of ours.
+#[test]
+fn a_release_that_takes_nothing_away_does_not_end_a_run_on_trial() {
+    inside(|| {
+        with_two_enis(|machine| {
+            ip("link add other type bridge")?;
+            ip("link property add dev other altname eni-00000000000000077")?;
+            let found = settled_dump()?;
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            says(machine, "release --eni eni-0000000000000dead", 1, "no link is called eni-0000000000000dead")?;
+            says(machine, "release --eni eni-00000000000000077", 0, "")?;
+            says(machine, "reconcile", 75, "waits for its confirmation")?;
+            guard.signal(libc::SIGTERM);
+            guard.ends(1, "ended by SIGTERM")?;
+            assert_same(&found, "after the rollback")
+        })
+    });
+}
+
+#[test]
+fn what_was_rolled_back_is_not_done_by_itself_after_a_run_by_hand_that_came_to_nothing() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let before = settled_dump()?;
+            Guard::waiting(machine, "--confirm 1")?.ends(1, "nobody confirmed it within 1s")?;
+            let is_held = |what: &str| {
+                says(machine, "reconcile --automatic", 75, "nobody confirmed it within 1s")
+                    .context(what.to_string())?;
+                assert_same(&before, what)
+            };
+            let fault = |path: &str, action| {
+                let rules = vec![Rule::new(path, Occurrences::Always, action)];
+                machine.service.set_faults(Faults { rules, ..Faults::default() });
+            };
+            fault("*", Action::Status(503));
+            says(machine, "reconcile --timeout 300ms", 69, "")?;
+            machine.service.set_faults(Faults::default());
+            is_held("after a run without metadata")?;
+
+            // It is asked for after the run's turn has come.
+            fault("*/macs/", Action::Hang);
+            machine.service.reset_counters();
+            let mut run = machine.command("reconcile --confirm 60").stderr(Stdio::null()).spawn()?;
+            until("the list is asked for", || Ok(machine.service.requests().faults > 0))?;
+            // SAFETY: the process is this one's child and has not been waited for.
+            unsafe { libc::kill(run.id() as libc::pid_t, libc::SIGINT) };
+            ensure!(run.wait()?.code() == Some(1));
+            machine.service.set_faults(Faults::default());
+            is_held("after a run on trial that was interrupted")?;
+
+            says(machine, "release", 0, "")?;
+            is_held("after a release")?;
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            says(machine, "confirm", 0, "confirmed")?;
+            guard.ends(0, "confirmed")?;
+            says(machine, "reconcile --automatic", 0, "")
+        })
+    });
+}
+
+#[test]
+fn a_run_by_hand_that_finds_all_as_it_should_be_lets_automatic_runs_go_on() {
+    inside(|| {
+        for verb in ["reconcile", "reconcile --confirm 60"] {
+            with_two_enis(|machine| {
+                machine.reconcile(0)?;
+                let told = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+                let mut more = told.clone();
+                *more.get_mut(SECOND_LIST).context("no list")? += "\n10.0.1.77";
+                machine.publish(more);
+                Guard::waiting(machine, "--confirm 1")?.ends(1, "nobody confirmed it within 1s")?;
+                machine.publish(told);
+                says(machine, "reconcile --automatic", 75, "")?;
+                says(machine, verb, 0, "")?;
+                says(machine, "reconcile --automatic", 0, "")
+            })
+            .with_context(|| verb)?;
+        }
+        Ok(())
     });
 }
 

@@ -56,6 +56,19 @@ impl Meanwhile {
         Ok([libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].iter().all(|signal| ignored & 1 << (signal - 1) != 0))
     }
 
+    /// While it acts it cannot be stopped by its terminal, and by SIGSTOP it is not meant to be.
+    fn is_stopped_while_it_waits(&self) -> Result<()> {
+        until("it is stopped while it waits", || {
+            self.signal(libc::SIGSTOP);
+            until("it is stopped", || Ok(self.status("State")?.starts_with('T')))?;
+            let is_waiting = !self.ignores_stops()?;
+            if !is_waiting {
+                self.signal(libc::SIGCONT);
+            }
+            Ok(is_waiting)
+        })
+    }
+
     /// It ends with this exit code and says this.
     fn ends(mut self, exit: i32, words: &str) -> Result<()> {
         until("the run's end", || Ok(self.0.try_wait()?.is_some()))?;
@@ -176,10 +189,15 @@ fn it_does_not_make_again_what_was_rolled_back_meanwhile() {
             let list = leaves.get_mut("network/interfaces/macs/02:00:00:00:00:01/local-ipv4s").context("no list")?;
             *list += "\n10.0.0.77";
             machine.publish(leaves);
+            // Or it would see the trial itself.
+            waits.is_stopped_while_it_waits()?;
             let trial = machine.eniup("reconcile --confirm 1 --timeout 5s")?;
             ensure!(trial.stderr.contains("rolled back"), "{}: {}", trial.exit, trial.stderr);
-            // It may have seen the trial itself, or what became of it.
-            waits.ends(3, "no longer waiting")?;
+            waits.signal(libc::SIGCONT);
+            waits.ends(3, "no longer waiting: meanwhile somebody has")?;
+            // Nor by one that comes by itself.
+            let automatic = machine.eniup("reconcile --automatic --timeout 300ms")?;
+            ensure!(automatic.exit == 75, "{}: {}", automatic.exit, automatic.stderr);
             ensure!(!ip("addr show eth01")?.contains("10.0.0.77"), "it was made again");
             Ok(())
         })
@@ -466,16 +484,7 @@ fn a_terminal_cannot_stop_a_run_that_holds_the_lock_and_one_that_waits_keeps_nob
             acts.ends(0, "")?;
             machine.service.set_latency(Duration::ZERO);
             let waits = waiting(machine)?;
-            // While it acts it cannot be stopped by its terminal, and by SIGSTOP it is not meant to be.
-            until("it is stopped while it waits", || {
-                waits.signal(libc::SIGSTOP);
-                until("it is stopped", || Ok(waits.status("State")?.starts_with('T')))?;
-                let is_waiting = !waits.ignores_stops()?;
-                if !is_waiting {
-                    waits.signal(libc::SIGCONT);
-                }
-                Ok(is_waiting)
-            })?;
+            waits.is_stopped_while_it_waits()?;
             let other = machine.eniup("reconcile --timeout 300ms")?;
             ensure!(other.exit == 3, "{}: {}", other.exit, other.stderr);
             machine.publish(told(TWO)?);
