@@ -26,7 +26,9 @@ use eniup::reading::since_boot;
 use eniup::rollback::{Before, rollback};
 use eniup::trial::Trial;
 use generated::{Host, others, vpc};
-use support::machine::{Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_two_enis};
+use support::machine::{
+    Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
+};
 use support::moments::{arrange, observe, settled_dump, with_netlink};
 use support::{Scenario, apply, check, plan_for, scenarios};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
@@ -35,6 +37,8 @@ use vpc_lab::vpc::{CreateEni, Port};
 
 /// What the run on trial says when it waits.
 const WAITS: &str = "unless you run `eniup confirm`";
+
+const THREE: &str = "three-enis-of-which-two-share";
 
 /// The addresses of the second ENI.
 const SECOND_LIST: &str = "network/interfaces/macs/02:00:00:00:00:02/local-ipv4s";
@@ -547,6 +551,21 @@ fn what_was_rolled_back_is_not_done_by_itself_after_a_run_by_hand_that_came_to_n
             says(machine, "confirm", 0, "confirmed")?;
             guard.ends(0, "confirmed")?;
             says(machine, "reconcile --automatic", 0, "")
+        })
+    });
+}
+
+/// It has done what it can by its own time.
+#[test]
+fn a_run_by_hand_that_has_changed_something_lets_automatic_runs_go_on_though_an_eni_is_pending() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            Guard::waiting(machine, "--confirm 1")?.ends(1, "nobody confirmed it within 1s")?;
+            let mut half = read_leaves(&scenario(THREE)?.folder.join("metadata.json"))?;
+            half.remove("network/interfaces/macs/02:00:00:00:00:03/device-number").context("no number")?;
+            machine.publish(half);
+            says(machine, "reconcile --timeout 300ms", 3, "ip addr add 10.0.1.20/24 dev eth02")?;
+            says(machine, "reconcile --automatic --timeout 300ms", 3, "")
         })
     });
 }
