@@ -5,7 +5,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -255,21 +254,6 @@ pub fn load(directory: &Path) -> Ledger {
         None
     });
     known.unwrap_or_else(empty)
-}
-
-/// Which writing of the ledger is there: another one as soon as any run has written it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Writing {
-    /// Each is a file of its own.
-    inode: u64,
-    nanoseconds: i64,
-    seconds: i64,
-}
-
-/// None where there is no ledger to be seen.
-pub fn writing(directory: &Path) -> Option<Writing> {
-    let file = fs::metadata(path(directory)).ok()?;
-    Some(Writing { inode: file.ino(), nanoseconds: file.mtime_nsec(), seconds: file.mtime() })
 }
 
 /// The same, with a new ledger put in the place of one that is not there or cannot be read, so that the log tells of it once.

@@ -252,13 +252,26 @@ pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config)
     Ok(unlisted_links(&reading.all, &observed, config).into_iter().map(|link| link.name.clone()).collect())
 }
 
-/// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn.
+/// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn. `known` is what was
+/// done in all turns before that reading. Nothing is done, and none returned, where another run has done something since: it may
+/// follow from what is newer.
 ///
 /// # Errors
 /// As for [`reconcile`], metadata apart.
-pub async fn settle_again(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<Report> {
+pub async fn settle_again(
+    netlink: &mut Netlink,
+    reading: &Reading,
+    known: &mut Deeds,
+    options: &Options,
+) -> Result<Option<Report>> {
     let (_turn, mut ledger) = take_turn(netlink, options).await?;
-    Ok(settle(netlink, &mut ledger, reading, options, None).await?.0)
+    if lock::deeds(&options.directory)? != *known {
+        return Ok(None);
+    }
+    let settled = settle(netlink, &mut ledger, reading, options, None).await;
+    // Whatever was done meanwhile was done by this run.
+    *known = lock::deeds(&options.directory)?;
+    Ok(Some(settled?.0))
 }
 
 /// What is taken as true of a snapshot: all it says, and for an automatic run also what it lacks without proof.

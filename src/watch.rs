@@ -15,10 +15,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::{Config, Problems};
 use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
-use crate::ledger::{self, Writing};
+use crate::lock::{self, Deeds};
 use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
+use crate::policy;
 use crate::reading::{Reading, since_boot};
 use crate::reconcile::{self, Options};
 use crate::report::{self, Exit, Remark, Report};
@@ -42,9 +43,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// run itself included.
 const GRACE: Duration = Duration::from_millis(60);
 
-/// The same when another run has been at work since: what it has done may follow from something newer.
-const GRACE_OF_OTHERS: Duration = Duration::from_secs(5);
-
 /// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
 /// set without a word.
 const GLANCES: Duration = Duration::from_secs(60);
@@ -52,7 +50,7 @@ const GLANCES: Duration = Duration::from_secs(60);
 /// Between two metrics files while nothing happens: a collector reads them every 15 s or less often.
 const METRICS_PAUSE: Duration = Duration::from_secs(10);
 
-/// While metadata does not answer; doubled each time.
+/// While metadata does not answer; doubled each time. Longer only where metadata is asked as rarely anyway.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What it needs beside what a run needs.
@@ -104,8 +102,10 @@ struct State<'a> {
     /// When asking began, in time on a CPU.
     cpu_before: Duration,
     reading: Option<Reading>,
-    /// What the ledger was when all was settled last.
-    writing: Option<Writing>,
+    /// What was done in all turns before the reading, and what this process has done since.
+    known: Deeds,
+    /// The same of the reading that is asked for.
+    asked: Deeds,
     /// Until when a glance tells whether metadata says something else than in the reading.
     whole_until: Option<Instant>,
     /// Nothing was wrong, and the kernel had no more than metadata tells of: proof that something is gone takes whole readings.
@@ -148,7 +148,8 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
-        writing: None,
+        known: Deeds::default(),
+        asked: Deeds::default(),
         whole_until: None,
         is_plain: false,
         is_settled: false,
@@ -245,6 +246,7 @@ impl State<'_> {
     async fn ask(&mut self) -> Result<()> {
         if self.asking.is_none() {
             self.cpu_before = cpu_time();
+            self.asked = self.deeds();
             let surroundings = match self.imds {
                 Some(_) => None,
                 None => Some(Surroundings::of(&self.netlink.observe().await?)),
@@ -258,16 +260,27 @@ impl State<'_> {
         Ok(())
     }
 
-    /// Whether something is to be done by what metadata said last. If so it is asked once more, since another run may have
-    /// acted on something newer; but a service that did not answer last time is not waited for.
+    /// What was done in all turns. Who cannot read it cannot have a turn either, and does nothing.
+    fn deeds(&self) -> Deeds {
+        lock::deeds(&self.options.directory).unwrap_or_default()
+    }
+
+    /// Whether something is to be done by what metadata said last. If so it is asked once more; but a service that did not answer
+    /// last time is not waited for. Where another run has done something since, that may follow from something newer, so nothing is
+    /// done before there is an answer.
     async fn look(&mut self) -> Result<()> {
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         let Some(reading) = &self.reading else { return Ok(()) };
+        let deeds = self.deeds();
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
+            Ok(_) if deeds != self.known => {
+                // Once for each deed: who does not answer is not asked again by every change.
+                if deeds != self.asked {
+                    self.ask().await?;
+                }
+            }
             Ok(true) if self.failures == 0 => {
-                let is_alone = ledger::writing(&self.options.directory) == self.writing;
-                let grace = if is_alone { GRACE } else { GRACE_OF_OTHERS };
-                self.settle_by.get_or_insert(Instant::now() + grace);
+                self.settle_by.get_or_insert(Instant::now() + GRACE);
                 self.ask().await?;
             }
             Ok(true) => self.settle().await,
@@ -312,6 +325,7 @@ impl State<'_> {
                     self.whole_until = Some(Instant::now() + GLANCES);
                 }
                 self.reading = reading.or(self.reading.take());
+                self.known = self.asked;
                 if is_as_before {
                     self.note_still_so();
                     self.ask_at = Instant::now() + self.eager_pause();
@@ -323,8 +337,7 @@ impl State<'_> {
                 self.whole_until = None;
                 self.is_settled = false;
                 self.failures += 1;
-                let doubled = self.pace.interval.saturating_mul(1 << (self.failures - 1).min(16));
-                (Some(doubled.min(LONGEST_PAUSE.max(self.pace.interval))), Some(format!("{error:#}")))
+                (Some(pause_after_failures(self.failures, self.pace.interval)), Some(format!("{error:#}")))
             }
         };
         self.settle().await;
@@ -335,6 +348,8 @@ impl State<'_> {
         self.expects_more().await;
         let pause = match pause {
             Some(pause) => self.pause(pause),
+            // Another run has done something while it was asked.
+            None if self.deeds() != self.known => Duration::ZERO,
             None => self.eager_pause(),
         };
         self.ask_at = Instant::now() + pause;
@@ -360,24 +375,28 @@ impl State<'_> {
     /// Makes the kernel agree with what was read last.
     async fn settle(&mut self) {
         self.settle_by = None;
+        self.is_settled = false;
         let begun = Instant::now();
         let Some(reading) = &self.reading else { return self.note_metrics(begun, None) };
         self.options.deadline = Instant::now() + self.pace.timeout;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
-        match reconcile::settle_again(&mut self.netlink, reading, &self.options).await {
-            Ok(report) => {
+        match reconcile::settle_again(&mut self.netlink, reading, &mut self.known, &self.options).await {
+            Ok(Some(report)) => {
+                // Nobody else has done anything since that was asked for.
+                self.asked = self.known;
                 self.note_metrics(begun, Some(&report));
                 self.take_note(&report);
                 let is_well = report.troubles.is_empty() && report.unsettled.is_empty();
                 self.is_plain = is_well && self.agrees().await;
                 self.is_settled = self.is_plain && report.done.is_empty();
             }
+            Ok(None) if self.failures > 0 => self.note_metrics(begun, None),
+            Ok(None) => {}
             Err(error) => {
                 self.note_metrics(begun, None);
                 self.say(vec![format!("{error:#}").into()]);
             }
         }
-        self.writing = ledger::writing(&self.options.directory);
     }
 
     fn note_metrics(&mut self, begun: Instant, report: Option<&Report>) {
@@ -501,6 +520,12 @@ fn suspects() -> String {
     here.map(|(_, what)| format!("; {what}")).collect()
 }
 
+/// After so many answers in a row that did not come: soon at first, however rarely metadata is asked while it answers.
+fn pause_after_failures(failures: u32, interval: Duration) -> Duration {
+    let doubled = interval.min(policy::WATCH_INTERVAL).saturating_mul(1 << failures.saturating_sub(1).min(16));
+    doubled.min(LONGEST_PAUSE.max(interval))
+}
+
 /// From one asking to the next: long enough that asking is cheap, and not so rare that nobody would want to stay for it.
 fn pause_after(least: Duration, cost: Duration) -> Duration {
     least.max((cost * RATIO).min(RAREST))
@@ -543,6 +568,14 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_does_not_answer_is_asked_again_soon_and_then_rarely() {
+        let seconds = |interval, failures| pause_after_failures(failures, Duration::from_secs(interval)).as_secs();
+        assert_eq!([1, 2, 5, 6, 99].map(|failures| seconds(2, failures)), [2, 4, 32, 60, 60]);
+        assert_eq!([1, 2, 5, 6, 99].map(|failures| seconds(300, failures)), [2, 4, 32, 64, 300]);
+        assert_eq!(pause_after_failures(1, Duration::from_millis(100)), Duration::from_millis(100));
+    }
 
     #[test]
     fn asking_that_costs_much_is_rare_but_not_too_rare() {

@@ -245,6 +245,88 @@ fn what_another_run_has_done_by_newer_metadata_is_not_undone() {
     });
 }
 
+/// Nor is what it has only taken away put back: metadata was asked last before the address has gone, and perhaps did not answer since.
+#[test]
+fn what_another_run_has_taken_away_by_newer_metadata_is_not_put_back() {
+    vpc_lab::inside(|| {
+        for has_failed in [false, true] {
+            let mut web = watched()?;
+            let (second, leaving) = (web.second.clone(), ["10.0.1.40/32".parse()?]);
+            web.lab.assign(&second, &leaving, false)?;
+            let mut watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+            until("all is configured", || Ok(web.answers("10.0.1.20")? && web.answers("10.0.1.40")?))?;
+
+            if has_failed {
+                web.lab.service("web")?.set_disabled(true);
+                web.ip("rule del priority 24001")?;
+                watch.hears("403")?;
+                web.lab.service("web")?.set_disabled(false);
+            }
+            web.lab.service("web")?.set_latency(Duration::from_millis(100));
+            web.lab.unassign(&second, &leaving)?;
+            let run = web.lab.eniup("web", &["reconcile"])?;
+            ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            let gone = Instant::now();
+            while gone.elapsed() < Duration::from_millis(1500) {
+                let shown = web.ip("-o addr show to 10.0.1.40")?;
+                ensure!(
+                    shown.is_empty(),
+                    "{:?} after it has gone (failed before: {has_failed}):\n{shown}",
+                    gone.elapsed()
+                );
+            }
+        }
+        Ok(())
+    });
+}
+
+/// The first answer that is asked for is the last to come, and what else was read with it is older than what the run has read.
+#[test]
+fn what_another_run_has_taken_away_while_metadata_was_asked_is_not_put_back() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let (second, leaving) = (web.second.clone(), ["10.0.1.40/32".parse()?]);
+        web.lab.assign(&second, &leaving, false)?;
+        let watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("all is configured", || Ok(web.answers("10.0.1.20")? && web.answers("10.0.1.40")?))?;
+
+        let late = Rule::new("*/local-ipv4s", Occurrences::FirstN(1), Action::Delay(Duration::from_millis(700)));
+        web.lab.service("web")?.set_faults(Faults { rules: vec![late], ..Faults::default() });
+        web.lab.service("web")?.reset_counters();
+        watch.signal(libc::SIGHUP);
+        let gets = || Ok::<_, anyhow::Error>(web.lab.service("web")?.requests().gets_by_path);
+        until("both lists are asked for", || {
+            Ok(gets()?.iter().filter(|(path, _)| path.ends_with("/local-ipv4s")).count() == 2)
+        })?;
+        web.lab.unassign(&second, &leaving)?;
+        let run = web.lab.eniup("web", &["reconcile"])?;
+        ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let gone = Instant::now();
+        while gone.elapsed() < Duration::from_millis(1500) {
+            let shown = web.ip("-o addr show to 10.0.1.40")?;
+            ensure!(shown.is_empty(), "{:?} after it has gone:\n{shown}", gone.elapsed());
+        }
+        Ok(())
+    });
+}
+
+/// Else it would not be asked for an hour.
+#[test]
+fn a_metadata_service_that_did_not_answer_is_asked_again_soon() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let mut watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        web.lab.service("web")?.set_disabled(true);
+        web.ip("rule del priority 24001")?;
+        watch.hears("403")?;
+        web.lab.service("web")?.set_disabled(false);
+        web.lab.assign(&web.second.clone(), &["10.0.1.77/32".parse()?], false)?;
+        until("the assigned address answers", || web.answers("10.0.1.77"))?;
+        Ok(())
+    });
+}
+
 #[test]
 fn who_undoes_a_change_again_and_again_is_named_and_given_way_to() {
     vpc_lab::inside(|| {
