@@ -147,11 +147,14 @@ pub struct Remark {
     pub why: Option<String>,
 }
 
+/// The target of what is told of an outcome, by which it is told apart from what is told on the way.
+pub const OUTCOME: &str = "outcome";
+
 impl Remark {
     pub fn warn(&self) {
         let Remark { text, eni, state, why } = self;
         let state = state.map(|state| state.to_string());
-        tracing::warn!(eni, state, reason = why, "{text}");
+        tracing::warn!(target: OUTCOME, eni, state, reason = why, "{text}");
     }
 }
 

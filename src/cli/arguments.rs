@@ -39,7 +39,7 @@ pub(super) struct Global {
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub(super) verbose: u8,
 
-    /// Say only what went wrong.
+    /// Say only what went wrong: an error, and which ENIs are pending or failed.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(super) quiet: bool,
 

@@ -16,6 +16,7 @@ use super::arguments::{Cli, Command, LogFormat};
 use crate::history;
 use crate::journal::{self, Journal};
 use crate::lock;
+use crate::report::OUTCOME;
 use crate::stderr::Unhindered;
 
 /// What an event may tell beside its message, and the journal's name for it.
@@ -73,11 +74,12 @@ fn changes_something(command: &Command) -> bool {
 
 impl Subscriber for Log {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() <= self.level
+        // What is wrong in the end is no chatter: it is why a quiet command does not exit with 0.
+        *metadata.level() <= self.level || metadata.target() == OUTCOME
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(self.level)
+        Some(self.level.max(LevelFilter::WARN))
     }
 
     fn event(&self, event: &Event<'_>) {
