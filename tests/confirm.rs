@@ -742,6 +742,19 @@ fn a_hiccup_before_a_run_on_trial_does_not_keep_metadata_from_being_watched() {
     });
 }
 
+/// By the primary's link a service on loopback is not reached, and that takes half a second to find out where there is time.
+#[test]
+fn a_short_time_is_not_used_up_by_looking_for_a_way_to_watch() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let guard = Guard::waiting(machine, "--confirm 60 --timeout 500ms")?;
+            ensure!(!guard.said.contains("it is not watched"), "{}", guard.said);
+            guard.signal(libc::SIGTERM);
+            guard.ends(1, "ended by SIGTERM")
+        })
+    });
+}
+
 /// The service answers all the same: the network is not to blame, and the first answer that does not come neither.
 #[test]
 fn a_service_in_trouble_is_not_one_that_is_out_of_reach() {

@@ -13,6 +13,9 @@ use super::way::{self, Surroundings, Way};
 /// hiccup both are tried for longer.
 const TIMES: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
+/// Of the time that is left a try takes no more than one such part: the run itself needs some, too.
+const PARTS: u32 = 4;
+
 /// A way to the service that is looked at again and again.
 pub struct Watch {
     way: Way,
@@ -33,7 +36,8 @@ impl Watch {
         let endpoints = way::endpoints(endpoint, surroundings)?;
         for (time, link) in TIMES.into_iter().flat_map(|time| [(time, Some(link)), (time, None)]) {
             let (ways, pace) = (way::ways(&endpoints, link), Pace::default());
-            let until = deadline.min(Instant::now() + time);
+            let left = deadline.saturating_duration_since(Instant::now());
+            let until = Instant::now() + time.min(left / PARTS);
             if let Ok(Ok((way, _))) = way::race(&ways, &pace, until).await {
                 return Ok(Some(Watch { way, pace }));
             }
