@@ -49,6 +49,11 @@ fn a_wider_network_of_a_tunnel_does_not_take_what_an_eni_sends_to_its_own_subnet
                 // As before there were ENIs.
                 ("10.0.1.99 from 10.0.0.10", "tun7"),
             ])?;
+            // What is as long as the subnet is a container's, too.
+            ip("route add 10.0.1.0/24 dev tun7")?;
+            reconcile(machine)?;
+            ensure_ways(&[("10.0.1.99 from 10.0.1.20", "tun7")])?;
+            ip("route del 10.0.1.0/24 dev tun7")?;
             ip("route del 10.0.0.0/8")?;
             ip("route add unreachable 10.0.0.0/8")?;
             reconcile(machine)?;
