@@ -229,6 +229,15 @@ impl Known<'_> {
         format!("{kind}{to}{via}{}", dev.unwrap_or_default())
     }
 
+    /// Whether a link that is no ENI's may send by one: by its kind, or because that is a port of it.
+    fn may_be_over_eni(&self, link: u32, attached: &Attached) -> bool {
+        let kind = self.observed.links.get(&link).and_then(|link| link.kind.as_deref());
+        let mut ports =
+            attached.macs().filter_map(|mac| self.link_of(mac)).filter_map(|index| self.observed.links.get(&index));
+        kind.is_some_and(|kind| policy::STACKED_KINDS.contains(&kind))
+            || ports.any(|port| port.controller == Some(link))
+    }
+
     /// Whether the VPC takes the packet from the ENI by which it leaves.
     fn vpc(&self, packet: &Packet, way: Way, source: Option<IpAddr>) -> (Option<bool>, String) {
         let link = match way {
@@ -244,7 +253,13 @@ impl Known<'_> {
         };
         let mac = self.mac_of(link).filter(|mac| self.link_of(*mac) == Some(link));
         let Some(mac) = mac.filter(|mac| attached.ready.contains_key(mac) || attached.pending.contains_key(mac)) else {
-            return (None, format!("The VPC does not see it: {} is no ENI's link.", self.show_link(link)));
+            let name = self.show_link(link);
+            return match self.may_be_over_eni(link, attached) {
+                true => {
+                    (None, format!("Whether the VPC takes it cannot be told: {name} may be stacked on an ENI's link."))
+                }
+                false => (None, format!("The VPC does not see it: {name} is no ENI's link.")),
+            };
         };
         let Some(eni) = attached.ready.get(&mac) else {
             return (None, "Whether the VPC takes it cannot be told: metadata is not complete for that ENI.".into());

@@ -123,6 +123,9 @@ pub const WATCH_FAILURES: u32 = 3;
 /// is stacked on a link, or imitates its MAC (vlan, macvlan, bridge, bond), and is left alone.
 pub const LINK_KINDS: [&str; 2] = ["tun", "veth"];
 
+/// Kinds of those that are stacked on one other link.
+pub const STACKED_KINDS: [&str; 5] = ["ipvlan", "ipvtap", "macvlan", "macvtap", "vlan"];
+
 /// The routing table of a slot. Unique as long as slots are.
 pub fn table(config: &Config, slot: Slot) -> u32 {
     config.table_base + 100 * slot.network_card + slot.device_number

@@ -165,3 +165,26 @@ fn a_chosen_route_to_an_enis_own_subnet_leaves_it_its_default() {
         Ok(())
     });
 }
+
+/// The VPC sees what leaves by it.
+#[test]
+fn a_link_that_is_stacked_on_an_enis_is_not_called_a_containers() {
+    inside(|| {
+        with_scenario(SHARED, |machine| {
+            for command in ["link add mv7 link eth01 type macvlan mode bridge", "link set mv7 up"] {
+                ip(command)?;
+            }
+            tunnel()?;
+            ip("route add 192.0.2.0/24 dev mv7")?;
+            ip("route add 203.0.113.0/24 dev tun7")?;
+            for (to, words) in [
+                ("192.0.2.1", "cannot be told: mv7 may be stacked on an ENI's link"),
+                ("203.0.113.1", "The VPC does not see it: tun7 is no ENI's link"),
+            ] {
+                let told = machine.eniup(&format!("explain --to {to}"))?.stdout;
+                ensure!(told.contains(words), "{told}");
+            }
+            Ok(())
+        })
+    });
+}
