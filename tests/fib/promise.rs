@@ -21,7 +21,7 @@ use crate::kernel::{ip, observe, on_a_machine, output_of_ip};
 use crate::model::{Count, be_a_router, compare};
 use crate::support::{apply, check};
 use crate::vpc::{
-    BRIDGE, Destination, Elsewhere, Host, Others, TUNNEL, Vpc, link_of, local, mac, others, sources, vpc,
+    BRIDGE, Destination, Elsewhere, Host, Others, Split, TUNNEL, Vpc, link_of, local, mac, others, sources, vpc,
 };
 
 /// One run of eniup on the model; a second has nothing to do.
@@ -46,7 +46,7 @@ fn keeps_its_promise(attached: &Attached, observed: &Observed, destinations: &[D
                     let input = is_delegated.then_some(BRIDGE);
                     let packet = Packet { input, ..local(Some(source), to.address) };
                     let answer = lookup(observed, &packet);
-                    let is_kept = match (to.elsewhere, answer.way) {
+                    let is_kept = match (to.elsewhere_for(eni), answer.way) {
                         (Some(Elsewhere::Link(other)), Way::Out { link, .. }) => link == other,
                         (Some(Elsewhere::Unreachable), Way::Nowhere(Refusal::Unreachable)) => true,
                         (None, Way::Out { link, .. }) => link == own,
@@ -67,7 +67,8 @@ fn keeps_the_primarys_replies_symmetric(attached: &Attached, observed: &Observed
     for family in Family::BOTH {
         for (source, is_delegated) in sources(primary, family) {
             for to in to.iter().filter(|to| is_in_a_secondarys_subnet(attached, to)) {
-                if to.address.family() != family {
+                // What went into a tunnel goes on doing so.
+                if to.address.family() != family || to.split == Split::Taken {
                     continue;
                 }
                 let packet = Packet { input: is_delegated.then_some(BRIDGE), ..local(Some(source), to.address) };
@@ -318,7 +319,12 @@ fn without_its_link_an_enis_traffic_goes_nowhere() {
             let own = link_of(&observed, *mac);
             let mut down = observed.clone();
             down.routes.retain(|(link, _)| *link != Some(own));
-            for to in host.destinations.iter().filter(|to| to.elsewhere.is_none()) {
+            // What hid a wider network of a tunnel may be gone with the link.
+            let is_closed = |to: &&Destination| match to.split {
+                Split::Outside => to.elsewhere.is_none(),
+                Split::Hidden | Split::Taken => to.is_in_subnet_of(eni),
+            };
+            for to in host.destinations.iter().filter(is_closed) {
                 for (source, is_delegated) in sources(eni, to.address.family()) {
                     let packet = Packet { input: is_delegated.then_some(BRIDGE), ..local(Some(source), to.address) };
                     let answer = lookup(&down, &packet);

@@ -70,6 +70,8 @@ pub struct Others {
     /// Early on, somebody leads all traffic past a rule for one destination.
     has_detour: bool,
     has_unreachable: bool,
+    /// A tunnel has a network that the VPC's is a part of.
+    has_split_tunnel: bool,
 }
 
 fn ownership() -> impl Strategy<Value = Ownership> {
@@ -94,7 +96,7 @@ pub fn others() -> impl Strategy<Value = Others> {
     let flags = |probability| prop::collection::vec(prop::bool::weighted(probability), 6);
     let defaults = prop::collection::vec(prop::option::weighted(0.3, any::<bool>()), 6);
     let routes = (prop::option::weighted(0.5, 0..6usize), prop::option::weighted(0.3, 0..6usize));
-    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 11]>()).prop_map(
+    (flags(0.3), flags(0.5), defaults, routes, any::<[bool; 12]>()).prop_map(
         |(is_in_a_group, is_connected, has_default, (vpc_by, peer_by), flags)| {
             let [
                 has_bridge,
@@ -105,7 +107,8 @@ pub fn others() -> impl Strategy<Value = Others> {
                 is_wireguard_alone,
                 ..,
             ] = flags;
-            let [.., has_tailscale, has_exit_node, has_early_rules, has_detour, has_unreachable] = flags;
+            let [.., has_tailscale, has_exit_node, has_early_rules, has_detour, has_unreachable, has_split_tunnel] =
+                flags;
             Others {
                 is_in_a_group,
                 is_connected,
@@ -123,6 +126,7 @@ pub fn others() -> impl Strategy<Value = Others> {
                 has_early_rules,
                 has_detour,
                 has_unreachable,
+                has_split_tunnel,
             }
         },
     )
@@ -237,6 +241,31 @@ impl Shape {
 pub struct Destination {
     pub address: IpAddr,
     pub elsewhere: Option<Elsewhere>,
+    pub split: Split,
+}
+
+/// Whether it is a part of the wider network that a tunnel has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Split {
+    Outside,
+    /// `main` has a longer route to it, by an ENI.
+    Hidden,
+    /// It is elsewhere for all but an ENI in whose subnet it is.
+    Taken,
+}
+
+impl Destination {
+    /// Elsewhere for what this ENI sends.
+    pub fn elsewhere_for(&self, eni: &Eni) -> Option<Elsewhere> {
+        match self.split {
+            Split::Taken => (!self.is_in_subnet_of(eni)).then_some(Elsewhere::Link(TUNNEL)),
+            Split::Outside | Split::Hidden => self.elsewhere,
+        }
+    }
+
+    pub fn is_in_subnet_of(&self, eni: &Eni) -> bool {
+        eni.all_subnets().iter().any(|subnet| subnet.contains(&self.address))
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -264,6 +293,9 @@ impl Host {
             host.vpc_destinations(family);
             host.eni_routes(&attached, others, family);
             host.other_routes(others, family);
+            if others.has_split_tunnel {
+                host.split_tunnel(family);
+            }
         }
         for (n, eni_mac) in attached.ready.keys().enumerate() {
             if others.is_in_a_group.get(n) == Some(&true) {
@@ -327,7 +359,7 @@ impl Host {
     }
 
     fn destination(&mut self, address: &str, elsewhere: Option<Elsewhere>) {
-        self.destinations.push(Destination { address: address.parse().unwrap(), elsewhere });
+        self.destinations.push(Destination { address: address.parse().unwrap(), elsewhere, split: Split::Outside });
     }
 
     fn vpc_destinations(&mut self, family: Family) {
@@ -341,7 +373,8 @@ impl Host {
         }
         for subnet in subnets {
             // Never an ENI's address, nor in a delegated block.
-            self.destinations.push(Destination { address: host(subnet, family, 252), elsewhere: None });
+            let address = host(subnet, family, 252);
+            self.destinations.push(Destination { address, elsewhere: None, split: Split::Outside });
         }
     }
 
@@ -459,6 +492,20 @@ impl Host {
 }
 
 impl Host {
+    /// After all else that `main` has.
+    fn split_tunnel(&mut self, family: Family) {
+        let wider = net(if family == Family::V4 { "10.0.0.0/15" } else { "2001:db8::/47" });
+        let mains = self.observed.routes.iter().map(|(_, route)| route);
+        let mains: Vec<Route> = mains.filter(|route| route.table == policy::MAIN_TABLE).copied().collect();
+        for to in self.destinations.iter_mut().filter(|to| to.elsewhere.is_none() && wider.contains(&to.address)) {
+            let is_longer = |route: &Route| route.destination.prefix_len() > wider.prefix_len();
+            let mut longer = mains.iter().filter(|route| is_longer(route));
+            let is_hidden = longer.any(|route| route.destination.contains(&to.address));
+            to.split = if is_hidden { Split::Hidden } else { Split::Taken };
+        }
+        self.route(TUNNEL, &wider.to_string(), None, policy::MAIN_TABLE, 0);
+    }
+
     /// Arguments of ip(8) that make this machine of an empty one. Every link but loopback is a veth.
     pub fn lines(&self, attached: &Attached) -> Vec<String> {
         let mut lines = Vec::new();
