@@ -117,6 +117,20 @@ impl Operation {
         }
     }
 
+    pub fn takes_away(&self) -> bool {
+        match self {
+            Operation::DeleteAddress { .. }
+            | Operation::DeleteRule { .. }
+            | Operation::DeleteRoute { .. }
+            | Operation::ResetLink { .. } => true,
+            Operation::SetLink { .. }
+            | Operation::AddAddress { .. }
+            | Operation::ChangeAddress { .. }
+            | Operation::AddRoute { .. }
+            | Operation::AddRule { .. } => false,
+        }
+    }
+
     /// The link that it is about, by name.
     pub fn link(&self) -> Option<&str> {
         match self {

@@ -51,14 +51,14 @@ pub type OfEni<'a> = (Option<&'a DesiredEni>, Wanted<Rule>);
 /// its destination by their own tables; and each longer route of a container, bridge or tunnel inside it a guard rule
 /// for itself before those.
 pub fn before_guard<'b>(circumstances: &Circumstances<'_, 'b>) -> Vec<OfEni<'b>> {
-    let Circumstances { desired, observed, placed, routes, rules: wanted, config, .. } = circumstances;
+    let Circumstances { desired, observed, placed, rules: wanted, config, .. } = circumstances;
     let macs = desired.enis.keys().chain(&desired.pending).chain(&desired.left_alone);
     let eni_links: Vec<&Link> = macs.filter_map(|mac| find_link(*mac, observed).ok().flatten()).collect();
     let eni_link = |index: &Option<u32>| eni_links.iter().copied().find(|link| *index == Some(link.index));
     let is_left_alone = |link: &Link| link.mac.is_some_and(|mac| desired.left_alone.contains(&mac));
     let is_foreign = |link: &&Link| (link.group != 0 || is_left_alone(link)) && link.group != config.link_group;
     let mut rules = Vec::new();
-    let routes = main_routes(observed, routes);
+    let routes = main_routes(circumstances);
     for (index, route) in &routes {
         let Some(link) = eni_link(index).filter(is_foreign) else { continue };
         let destination = route.destination;
@@ -143,14 +143,23 @@ fn to_own_networks<'a, 'b>(
     rules
 }
 
-/// The routes of `main`, there or to come, that the guard rule looks at. Link-local ones are every link's, and a packet to them is bound to
-/// its link.
-fn main_routes(observed: &Observed, wanted: &BTreeSet<(Option<u32>, Route)>) -> BTreeSet<(Option<u32>, Route)> {
+/// The routes of `main` that the guard rule looks at: others', ours to come, and those of ours that stay. Link-local ones are every link's,
+/// and a packet to them is bound to its link.
+fn main_routes(circumstances: &Circumstances) -> BTreeSet<(Option<u32>, Route)> {
     let is_looked_at = |route: &Route| {
         let length = u32::from(route.destination.prefix_len());
         route.table == policy::MAIN_TABLE && length > policy::GUARD_PREFIX_LENGTH && !policy::is_link_local(route)
     };
-    observed.routes.union(wanted).filter(|(_, route)| is_looked_at(route)).copied().collect()
+    let foreign = foreign_routes(circumstances);
+    let routes = foreign.chain(circumstances.routes).filter(|(_, route)| is_looked_at(route)).copied();
+    routes.chain(staying(circumstances).into_iter().filter(|(_, route)| is_looked_at(route))).collect()
+}
+
+fn foreign_routes<'a>(
+    circumstances: &Circumstances<'a, '_>,
+) -> impl Iterator<Item = &'a (Option<u32>, Route)> + use<'a> {
+    let config = circumstances.config;
+    circumstances.observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route))
 }
 
 /// What two destinations have in common; no limit is everything.
@@ -239,10 +248,10 @@ fn free_before_main(circumstances: &Circumstances, family: Family, narrowed: &[&
 
 /// Whether the best default in `main`, there or to come, leaves by an ENI that is not the primary, or may.
 fn is_default_of_others(circumstances: &Circumstances, family: Family) -> bool {
-    let Circumstances { observed, others, routes, config, .. } = circumstances;
+    let Circumstances { others, routes, .. } = circumstances;
     let others: BTreeSet<u32> = others.iter().map(|link| link.index).collect();
-    let foreign = observed.routes.iter().filter(|(_, route)| !policy::owns_route(config, route));
-    policy::is_best_default_by(&others, foreign.chain(routes.iter()).chain(&staying(circumstances)), family)
+    let staying = staying(circumstances);
+    policy::is_best_default_by(&others, foreign_routes(circumstances).chain(*routes).chain(&staying), family)
 }
 
 /// What is for unbound traffic, and what an ENI has that nobody knows more of, takes nothing that the primary's addresses send: to where
@@ -281,16 +290,13 @@ struct Detour<'a> {
 }
 
 fn detours<'a>(circumstances: &Circumstances<'a, '_>) -> Vec<Detour<'a>> {
-    let Circumstances { desired, observed, placed, primary, others, routes, config, .. } = circumstances;
+    let Circumstances { desired, placed, primary, others, routes, .. } = circumstances;
     let Some((eni, of_primary)) = placed.get(primary) else { return Vec::new() };
     let of = |index: &Option<u32>| others.iter().copied().find(|link| *index == Some(link.index));
     let is_known_otherwise = |mac: &MacAddr| desired.left_alone.contains(mac) || desired.isolated.contains(mac);
     let is_pending =
         |link: &Link| link.mac.is_some_and(|mac| desired.pending.contains(&mac) && !is_known_otherwise(&mac));
-    let foreign = || {
-        let mains = observed.routes.iter().filter(|(_, route)| policy::is_mains_for_some(route));
-        mains.filter(|(_, route)| !policy::owns_route(config, route))
-    };
+    let foreign = || foreign_routes(circumstances).filter(|(_, route)| policy::is_mains_for_some(route));
     let staying = staying(circumstances);
     // What has no gateway may be its subnet.
     let by_pending = foreign().filter(|(index, route)| route.gateway.is_none() && of(index).is_some_and(is_pending));

@@ -235,12 +235,24 @@ async fn settle(
 /// # Errors
 /// No netlink.
 pub async fn may_differ(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<bool> {
+    let steps = differing(netlink, reading, options).await?;
+    Ok(steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
+}
+
+/// Whether the kernel has anything of ours that this reading does not tell of, as long as that is not proven to be gone.
+///
+/// # Errors
+/// No netlink.
+pub async fn has_more(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<bool> {
+    Ok(differing(netlink, reading, options).await?.iter().any(|step| step.operation.takes_away()))
+}
+
+async fn differing(netlink: &mut Netlink, reading: &Reading, options: &Options) -> Result<Vec<Step>> {
     let ledger = ledger::load(&options.directory).of(reading.all.primary);
     let observed = ledger.recall(netlink.observe().await?, options.config.mark);
     let files = machine_files::read_of_container_networks();
     let attached = select(&reading.told_here(&observed.links), &reading.tree, &observed, &files, &options.config);
-    let plan = plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config);
-    Ok(plan.steps.iter().any(|step| !options.held_back.contains(&step.operation.to_string())))
+    Ok(plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config).steps)
 }
 
 /// The links that metadata may come to tell of, by name.

@@ -387,7 +387,7 @@ impl State<'_> {
                 self.note_metrics(begun, Some(&report));
                 self.take_note(&report);
                 let is_well = report.troubles.is_empty() && report.unsettled.is_empty();
-                self.is_plain = is_well && self.agrees().await;
+                self.is_plain = is_well && !self.has_more().await;
                 self.is_settled = self.is_plain && report.done.is_empty();
             }
             Ok(None) if self.failures > 0 => self.note_metrics(begun, None),
@@ -418,10 +418,10 @@ impl State<'_> {
         }
     }
 
-    /// Whether the kernel has what the last reading tells.
-    async fn agrees(&mut self) -> bool {
-        let Some(reading) = &self.reading else { return false };
-        matches!(reconcile::may_differ(&mut self.netlink, reading, &self.options).await, Ok(false))
+    /// Whether the kernel has more than the last reading tells of, or may.
+    async fn has_more(&mut self) -> bool {
+        let Some(reading) = &self.reading else { return true };
+        reconcile::has_more(&mut self.netlink, reading, &self.options).await.unwrap_or(true)
     }
 
     fn take_note(&mut self, report: &Report) {

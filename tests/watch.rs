@@ -206,7 +206,8 @@ fn what_others_undo_is_repaired_when_the_kernel_tells() {
         ] {
             let before = web.ip(whole)?;
             web.ip(broken)?;
-            let took = until(broken, || Ok(web.ip(whole)? == before && web.answers("10.0.1.20")?))?;
+            let took = until(broken, || Ok(web.ip(whole)? == before && web.answers("10.0.1.20")?));
+            let took = took.with_context(|| format!("{before}became\n{}", web.ip(whole).unwrap_or_default()))?;
             eprintln!("{broken}: repaired after {took:?}");
         }
         // Whether metadata says something else by now takes a glance.
