@@ -77,6 +77,21 @@ impl Watch {
         Ok(())
     }
 
+    /// Until it has slept for longer than it does before anything that it has begun, so that what comes next is a case of its own.
+    fn rests(&self) -> Result<()> {
+        let status = || -> Result<Vec<String>> {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+            let is_meant = |line: &&str| line.starts_with("State:") || line.contains("ctxt_switches");
+            Ok(status.lines().filter(is_meant).map(String::from).collect())
+        };
+        until("it rests", || {
+            let before = status()?;
+            std::thread::sleep(Duration::from_millis(100));
+            Ok(before[0].contains('S') && before == status()?)
+        })?;
+        Ok(())
+    }
+
     fn signal(&self, signal: i32) {
         // SAFETY: the child is ours, and not waited for yet.
         unsafe { libc::kill(self.child.id() as i32, signal) };
@@ -195,15 +210,17 @@ fn an_eni_whose_link_comes_is_asked_for_until_metadata_tells_of_it() {
 fn what_others_undo_is_repaired_when_the_kernel_tells() {
     vpc_lab::inside(|| {
         let web = watched()?;
-        let _watch = Watch::of(&web.lab, &["--interval", "1h"])?;
+        let watch = Watch::of(&web.lab, &["--interval", "1h"])?;
         until("the second ENI answers", || web.answers("10.0.1.20"))?;
         web.lab.service("web")?.reset_counters();
         for (broken, whole) in [
             ("rule del priority 24001", "rule"),
             ("route flush table 20001", "route show table 20001"),
-            ("addr del 10.0.1.20/24 dev ens6", "addr show dev ens6"),
+            // IPv6 is busy with its own link-local address for a second or two.
+            ("addr del 10.0.1.20/24 dev ens6", "-4 addr show dev ens6"),
             ("link set ens6 down", "link show dev ens6"),
         ] {
+            watch.rests()?;
             let before = web.ip(whole)?;
             web.ip(broken)?;
             let took = until(broken, || Ok(web.ip(whole)? == before && web.answers("10.0.1.20")?));
