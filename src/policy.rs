@@ -339,9 +339,11 @@ pub fn keeps_primary_apart(config: &Config, rule: &Rule, table: u32) -> bool {
     owns_rule(config, rule) && (rule.table, rule.priority) == (table, table) && rule.to.is_some()
 }
 
-/// Whether this is a rule for all traffic of a source, as those of delegated prefixes are.
+/// Whether this is a rule for all traffic of many addresses, as those of delegated prefixes are. One for all traffic of a single address
+/// is astray.
 pub fn is_of_prefix(rule: &Rule) -> bool {
-    rule.from.is_some() && rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none()
+    let is_network = rule.from.is_some_and(|from| from.prefix_len() < from.max_prefix_len());
+    is_network && rule.iif.is_none() && rule.oif.is_none() && rule.to.is_none()
 }
 
 /// Whether the kernel is still busy with an address of ours. It acknowledges an IPv6 address and finishes it later, on a

@@ -90,11 +90,17 @@ pub async fn reconcile_on_trial(options: &Options, trial: &mut Trial) -> Result<
 
 async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let (mut turn, mut ledger) = take_turn(&mut netlink, options).await?;
+    // What is in the way is told at once. Nobody is kept waiting while metadata is read.
+    let before = {
+        let (_turn, ledger) = take_turn(&mut netlink, options).await?;
+        Past::so_far(&ledger, options)?
+    };
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
-    let mut reading = Reading::take(&mut imds, &options.config).await?;
+    let reading = Reading::take(&mut imds, &options.config).await?;
     let whole_takes = reading.taken.duration();
+    let (mut turn, mut ledger, mut reading) =
+        turn_with(reading, before, whole_takes, &mut netlink, &mut imds, options).await?;
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
@@ -118,11 +124,15 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         // Others may act meanwhile.
-        let deeds = lock::deeds(&options.directory);
+        let before = Past::so_far(&ledger, options);
         drop(turn);
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-        let again = look_again(deeds, whole_takes, reading, &attached, &mut netlink, &mut imds, options);
+        let notes = &ledger.notes;
+        let again = async {
+            let reading = reading.again(&mut imds, &attached, notes, options.deadline, &options.config).await?;
+            turn_with(reading, before?, whole_takes, &mut netlink, &mut imds, options).await
+        };
         (turn, ledger, reading) = match again.await {
             Ok(again) => again,
             // What was done stays done, and what is pending stays pending; only waiting for it ends here.
@@ -143,44 +153,49 @@ async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Le
     Ok((turn, ledger))
 }
 
-/// Another turn, with what was not settled read anew; where somebody else has changed anything with all of it, since that may
-/// follow from what is newer.
+/// What was done in all turns, and what metadata has told in them that is to be remembered.
+#[derive(PartialEq)]
+struct Past {
+    deeds: Deeds,
+    notes: Notes,
+}
+
+impl Past {
+    fn so_far(ledger: &Ledger, options: &Options) -> Result<Past> {
+        Ok(Past { deeds: lock::deeds(&options.directory)?, notes: ledger.notes.clone() })
+    }
+}
+
+/// A turn for what was read without one, since then; where another run has done or noted anything meanwhile, with all of it read anew, since
+/// that may follow from what is newer.
 ///
 /// # Errors
-/// No more is to be done: somebody has decided otherwise meanwhile, or the time does not suffice.
-async fn look_again(
-    ended: Result<Deeds>,
-    whole_takes: Duration,
+/// As for [`take_turn`], and [`InTheWay`]: somebody has decided otherwise meanwhile, or it cannot be read anew.
+async fn turn_with(
     reading: Reading,
-    attached: &Attached,
+    before: Past,
+    whole_takes: Duration,
     netlink: &mut Netlink,
     imds: &mut Imds,
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
-    let ended = ended?;
     let (turn, ledger) = take_turn(netlink, options).await?;
-    let reading = match lock::deeds(&options.directory)? {
-        Deeds { decisions, .. } if decisions != ended.decisions => {
-            bail!("meanwhile somebody has released what was done, or made a run on trial")
-        }
-        Deeds { changes, .. } if changes == ended.changes => {
-            reading.again(imds, attached, &ledger.notes, options.deadline, &options.config).await?
-        }
-        // What cannot be read for want of time would pass for pending.
-        _ if Instant::now() + whole_takes * 2 > options.deadline => {
-            bail!(
-                "another run has changed something meanwhile, and the time does not suffice to read all of metadata again"
-            )
-        }
-        _ => {
-            let again = Reading::take(imds, &options.config).await?;
-            if again.lacks_what_is_known_by(&reading) {
-                bail!("another run has changed something meanwhile, and not all of metadata can be read again")
-            }
-            again
-        }
-    };
-    Ok((turn, ledger, reading))
+    let now = Past::so_far(&ledger, options)?;
+    if now == before {
+        return Ok((turn, ledger, reading));
+    }
+    if now.deeds.decisions != before.deeds.decisions {
+        return Err(InTheWay::Decided.into());
+    }
+    // What cannot be read for want of time would pass for pending.
+    if Instant::now() + whole_takes * 2 > options.deadline {
+        return Err(InTheWay::Overtaken("the time does not suffice to read all of metadata again").into());
+    }
+    let again = Reading::take(imds, &options.config).await?;
+    if again.lacks_what_is_known_by(&reading) {
+        return Err(InTheWay::Overtaken("not all of metadata can be read again").into());
+    }
+    Ok((turn, ledger, again))
 }
 
 /// Everything is decided from which ENI is the primary, so a snapshot that names another one than before is not believed, however

@@ -276,6 +276,11 @@ impl Pseudonyms {
 
     /// None: it stays.
     fn address(&mut self, address: IpAddr, length: Option<u8>) -> Option<String> {
+        if let IpAddr::V6(address) = address
+            && let Some(mapped) = address.to_ipv4_mapped()
+        {
+            return Some(format!("::ffff:{}", self.address(mapped.into(), None)?));
+        }
         match address {
             IpAddr::V4(address) if self.is_public(address) => {
                 let is_network = |length| Ipv4Net::new(address, length).is_ok_and(|net| net.network() == address);
@@ -387,6 +392,7 @@ mod tests {
             ("2600:1f16:67f::1 2a05:d018:1:2::1", "3fff::1 3fff:0:1:2::1"),
             ("2600:1f10::/44 2600:1f10:f::1 2600:1f11::1", "3fff::/44 3fff:0:f::1 3fff:0:10::1"),
             ("http://[2600:1f16:67f::1]:80/", "http://[3fff::1]:80/"),
+            ("::ffff:54.1.2.3 54.1.2.3", "::ffff:192.0.2.0 192.0.2.0"),
         ] {
             assert_eq!(redact(text), expected);
         }
@@ -397,7 +403,7 @@ mod tests {
         for text in [
             "10.0.1.20 172.31.0.1/16 192.168.0.1 100.64.0.1 169.254.169.254 127.0.0.1 0.0.0.0/0 255.255.255.255 11.0.3.4",
             "0.0.0.0/1 128.0.0.0/1 52.94.0.0/22 224.0.0.0/4",
-            "fe80:ec2::1 fd00:ec2::254 ::1 ::/0 2000::/3 ff02::1 02:00:00:00:00:01 02:00:00:ff:fe:00:00:01",
+            "fe80:ec2::1 fd00:ec2::254 ::1 ::/0 ::ffff:10.0.1.20 2000::/3 ff02::1 02:00:00:00:00:01 02:00:00:ff:fe:00:00:01",
             "eni-00123456789012abc 1234567890123 ens5: 12:30:45 1.2.3 6.18.5-amd64 a..b :: . :",
             "",
         ] {

@@ -219,11 +219,17 @@ pub fn load_or_mend(directory: &Path) -> Option<Trial> {
     })
 }
 
-/// Another run's trial stands before this one.
+/// Another run stands before this one.
 #[derive(Debug)]
 pub enum InTheWay {
+    /// It is on trial.
     Waits(Duration),
+    /// It was on trial.
     RolledBack(String),
+    /// It was a release, or on trial, while this one read metadata.
+    Decided,
+    /// It has changed something while this one read metadata, which cannot be read once more, for this reason.
+    Overtaken(&'static str),
 }
 
 impl fmt::Display for InTheWay {
@@ -239,6 +245,12 @@ impl fmt::Display for InTheWay {
                 "nothing was done: the last run was rolled back ({why}), and doing it again by itself could cut somebody off \
                  again; run `eniup reconcile`, with or without --confirm, to have it after all"
             ),
+            InTheWay::Decided => {
+                write!(f, "meanwhile somebody has released what was done, or made a run on trial, so this one ends")
+            }
+            InTheWay::Overtaken(why) => {
+                write!(f, "another run has changed something meanwhile, and {why}, so this one ends")
+            }
         }
     }
 }

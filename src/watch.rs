@@ -24,6 +24,7 @@ use crate::reading::{Reading, since_boot};
 use crate::reconcile::{self, Options};
 use crate::report::{self, Exit, Remark, Report};
 use crate::service::Service;
+use crate::trial::InTheWay;
 
 /// After something has changed, more does: a manager makes its routes one by one.
 const QUIET: Duration = Duration::from_millis(20);
@@ -42,6 +43,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// How long something that is to be repaired waits for metadata's answer. It is repaired within 100 ms, the quiet before and the
 /// run itself included.
 const GRACE: Duration = Duration::from_millis(60);
+
+/// How long a turn is waited for: signals are not heard meanwhile. And when it is tried again.
+const PATIENCE: Duration = Duration::from_millis(500);
+const NEXT_TURN: Duration = Duration::from_secs(1);
 
 /// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
 /// set without a word.
@@ -340,10 +345,10 @@ impl State<'_> {
                 (Some(pause_after_failures(self.failures, self.pace.interval)), Some(format!("{error:#}")))
             }
         };
-        self.settle().await;
+        let wrong = self.make_agree().await;
         // After what else there is to say: it is why that may be out of date.
-        if let Some(trouble) = trouble {
-            self.say(vec![trouble.into()]);
+        if wrong.is_some() || trouble.is_some() {
+            self.say(wrong.into_iter().flatten().chain(trouble.map(Remark::from)).collect());
         }
         self.expects_more().await;
         let pause = match pause {
@@ -372,29 +377,45 @@ impl State<'_> {
         pause_after(least, cost)
     }
 
-    /// Makes the kernel agree with what was read last.
     async fn settle(&mut self) {
+        if let Some(wrong) = self.make_agree().await {
+            self.say(wrong);
+        }
+    }
+
+    /// Makes the kernel agree with what was read last, and gives what is wrong; none where that is not to be told before something newer
+    /// is read. Who has no turn tries again soon, since the kernel does not tell of a change a second time.
+    async fn make_agree(&mut self) -> Option<Vec<Remark>> {
         self.settle_by = None;
         self.is_settled = false;
         let begun = Instant::now();
-        let Some(reading) = &self.reading else { return self.note_metrics(begun, None) };
-        self.options.deadline = Instant::now() + self.pace.timeout;
+        let Some(reading) = &self.reading else {
+            self.note_metrics(begun, None);
+            return None;
+        };
+        self.options.deadline = Instant::now() + PATIENCE;
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         match reconcile::settle_again(&mut self.netlink, reading, &mut self.known, &self.options).await {
             Ok(Some(report)) => {
                 // Nobody else has done anything since that was asked for.
                 self.asked = self.known;
                 self.note_metrics(begun, Some(&report));
-                self.take_note(&report);
+                let wrong = self.take_note(&report);
                 let is_well = report.troubles.is_empty() && report.unsettled.is_empty();
                 self.is_plain = is_well && !self.has_more().await;
                 self.is_settled = self.is_plain && report.done.is_empty();
+                Some(wrong)
             }
-            Ok(None) if self.failures > 0 => self.note_metrics(begun, None),
-            Ok(None) => {}
+            Ok(None) => {
+                if self.failures > 0 {
+                    self.note_metrics(begun, None);
+                }
+                None
+            }
             Err(error) => {
                 self.note_metrics(begun, None);
-                self.say(vec![format!("{error:#}").into()]);
+                self.settle_by = Some(Instant::now() + NEXT_TURN);
+                Some(vec![told(&error).into()])
             }
         }
     }
@@ -424,7 +445,8 @@ impl State<'_> {
         reconcile::has_more(&mut self.netlink, reading, &self.options).await.unwrap_or(true)
     }
 
-    fn take_note(&mut self, report: &Report) {
+    /// What is wrong.
+    fn take_note(&mut self, report: &Report) -> Vec<Remark> {
         for (change, times, pause) in self.fights.note(&report.done, self.begun.elapsed()) {
             tracing::warn!(
                 "somebody undoes this again and again ({times} times by now), so it waits {} s before it is done again: \
@@ -440,7 +462,7 @@ impl State<'_> {
         let pending = report.troubles.iter().filter(|(_, trouble)| trouble.state == report::State::Pending);
         self.pending = pending.map(|(eni, _)| eni.clone()).collect();
         let held = self.options.held_back.iter().map(|change| format!("held back: {change}"));
-        self.say(report.remarks().into_iter().chain(held.map(Remark::from)).collect());
+        report.remarks().into_iter().chain(held.map(Remark::from)).collect()
     }
 
     /// Says what is wrong, once.
@@ -518,6 +540,16 @@ fn suspects() -> String {
     ];
     let here = known.iter().filter(|(path, _)| fs::exists(path).unwrap_or(false));
     here.map(|(_, what)| format!("; {what}")).collect()
+}
+
+/// Without what is another every second, since it is said once.
+fn told(error: &anyhow::Error) -> String {
+    match error.downcast_ref() {
+        Some(InTheWay::Waits(_)) => {
+            "nothing is done: a run waits for its confirmation; `eniup confirm` keeps what it did".into()
+        }
+        _ => format!("{error:#}"),
+    }
 }
 
 /// After so many answers in a row that did not come: soon at first, however rarely metadata is asked while it answers.

@@ -119,9 +119,16 @@ fn waiting(machine: &Machine) -> Result<Meanwhile> {
 fn waiting_for(machine: &Machine, verb: &str) -> Result<Meanwhile> {
     machine.service.reset_counters();
     let waits = Meanwhile::start(machine, verb)?;
-    // It asks for what it waits for, and lets others act.
-    until("a run that waits", || Ok(machine.service.requests().gets_by_path.len() > 1 && !is_held(machine)))?;
+    until_noted(machine, "")?;
     Ok(waits)
+}
+
+/// A run has found this trouble by now, and lets others act.
+fn until_noted(machine: &Machine, why: &str) -> Result<()> {
+    until("a trouble that is noted", || {
+        let troubles = eniup::ledger::load(&machine.directory).troubles;
+        Ok(troubles.values().any(|noted| noted.why.contains(why)) && !is_held(machine))
+    })
 }
 
 #[test]
@@ -174,6 +181,62 @@ fn it_does_not_bring_back_what_was_released_meanwhile() {
             waits.ends(3, "meanwhile somebody has released what was done")?;
             ensure!(!ip("rule show")?.contains("proto 176") && !ip("addr show eth02")?.contains("10.0.1.20"));
             Ok(())
+        })
+    });
+}
+
+/// Nor does a run that waits for metadata keep anybody out, or undo what was decided meanwhile.
+#[test]
+fn a_run_that_reads_metadata_keeps_nobody_out() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let slow = Rule::new("*", Occurrences::Always, Action::Delay(Duration::from_secs(2)));
+            machine.service.set_faults(Faults { rules: vec![slow], ..Faults::default() });
+            machine.service.reset_counters();
+            let reads = Meanwhile::start(machine, "reconcile --automatic --timeout 20s")?;
+            until("it asks", || Ok(machine.service.requests().faults > 0))?;
+            let release = machine.eniup("release --timeout 1s")?;
+            ensure!(release.exit == 0, "{}: {}", release.exit, release.stderr);
+            machine.service.set_faults(Faults::default());
+            reads.ends(75, "meanwhile somebody has released what was done")?;
+            ensure!(!ip("rule show")?.contains("proto 176"), "{}", ip("rule show")?);
+            Ok(())
+        })
+    });
+}
+
+/// What another run has done while metadata was read may follow from what is newer.
+#[test]
+fn what_another_run_has_done_while_metadata_was_read_is_not_undone() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut leaves = told(TWO)?;
+            let list = "network/interfaces/macs/02:00:00:00:00:02/local-ipv4s";
+            let before = leaves[list].clone();
+            machine.publish(leaves.clone());
+            machine.reconcile(0)?;
+            // The list of the second ENI's addresses is answered, and then the run is stopped.
+            let slow = Rule::new(
+                "*/02:00:00:00:00:02/device-number",
+                Occurrences::FirstN(1),
+                Action::Delay(Duration::from_secs(2)),
+            );
+            machine.service.set_faults(Faults { rules: vec![slow], ..Faults::default() });
+            machine.service.reset_counters();
+            let reads = Meanwhile::start(machine, "reconcile --timeout 20s")?;
+            until("it has read the list", || {
+                let gets = machine.service.requests().gets_by_path;
+                let has_list = gets.keys().any(|path| path.ends_with(list));
+                Ok(has_list && machine.service.requests().faults > 0)
+            })?;
+            leaves.insert(list.into(), format!("{before}\n10.0.1.77"));
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            ensure!(ip("addr show eth02")?.contains("10.0.1.77/32"), "it is not there");
+            reads.ends(0, "")?;
+            ensure!(ip("addr show eth02")?.contains("10.0.1.77/32"), "it was taken away by what was older");
+            machine.assert_settled()
         })
     });
 }
@@ -355,7 +418,7 @@ fn what_moves_while_an_eni_cannot_be_read_is_seen_on_both_sides() {
             machine.service.set_faults(Faults { rules, ..Faults::default() });
             // Without the fifth, something is settled, and all is read anew.
             machine.publish(on(2, &[4])?);
-            until("a failed read", || Ok(machine.service.requests().faults > 0 && !is_held(machine)))?;
+            until_noted(machine, "could not be read")?;
             machine.publish(on(3, &[4])?);
             machine.service.set_faults(Faults::default());
             waits.ends(3, "02:00:00:00:00:04 is pending")?;

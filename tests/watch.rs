@@ -235,6 +235,35 @@ fn what_others_undo_is_repaired_when_the_kernel_tells() {
     });
 }
 
+/// Somebody holds the lock: it is tried again though the kernel tells of nothing more, and signals are heard meanwhile.
+#[test]
+fn what_could_not_be_repaired_for_want_of_a_turn_is_repaired_soon() {
+    vpc_lab::inside(|| {
+        let web = watched()?;
+        let mut watch = Watch::of(&web.lab, &["--interval", "1h", "--timeout", "15s"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        watch.rests()?;
+        let lock = format!("/proc/{}/root/run/eniup/lock", watch.child.id());
+        let lock = std::fs::File::options().write(true).open(lock)?;
+        lock.lock()?;
+        web.ip("addr del 10.0.1.20/24 dev ens6")?;
+        watch.hears("another eniup run held")?;
+        // Whatever it has begun because of that is over.
+        watch.rests()?;
+        lock.unlock()?;
+        until("it is repaired", || web.answers("10.0.1.20"))?;
+
+        lock.lock()?;
+        web.ip("addr del 10.0.1.20/24 dev ens6")?;
+        until("it is gone", || Ok(!web.answers("10.0.1.20")?))?;
+        // Less than it would wait for metadata.
+        let asked_to_end = Instant::now();
+        watch.ends()?;
+        ensure!(asked_to_end.elapsed() < Duration::from_secs(5), "it ended after {:?}", asked_to_end.elapsed());
+        Ok(())
+    });
+}
+
 /// Metadata is slower than the patience with it, and was asked last before an address has moved.
 #[test]
 fn what_another_run_has_done_by_newer_metadata_is_not_undone() {
