@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::eni::{Attached, Claim, Dispute, Eni, Pending, Reason};
-use crate::net::{HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
+use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
 /// What of ours the kernel has for one ENI.
@@ -143,7 +143,12 @@ pub fn stay_with(attached: &mut Attached, mac: MacAddr, stay: Vec<IpNet>, own: &
             false => !told.iter().any(|subnet| subnet.contains(source)),
         }
     };
-    if stay.iter().any(is_of_no_subnet) {
+    // An ENI has one IPv4 subnet.
+    let ipv4s: Vec<&IpNet> =
+        stay.iter().filter(|source| source.family() == Family::V4 && !needs_no_subnet(source)).collect();
+    let is_one = |subnet: &IpNet| ipv4s.iter().all(|source| subnet.contains(*source));
+    let are_of_one = ipv4s.is_empty() || eni.ipv4_subnet.is_some() || own.subnets.iter().any(is_one);
+    if stay.iter().any(is_of_no_subnet) || !are_of_one {
         attached.ready.remove(&mac);
         attached.pending.insert(mac, own.pending(link, Reason::Renumbered));
         return;
@@ -160,7 +165,7 @@ fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
         (IpNet::V6(prefix), _) => eni.ipv6_prefixes.push(prefix),
     }
     eni.unproven.insert(source);
-    if eni.subnets(source.family()).is_empty() {
+    if !eni.subnets(source.family()).iter().any(|subnet| subnet.contains(&source)) {
         for subnet in own.subnets.iter().filter(|subnet| subnet.contains(&source)) {
             match subnet {
                 IpNet::V4(subnet) => eni.ipv4_subnet = Some(*subnet),
