@@ -18,9 +18,11 @@ use crate::netlink::Netlink;
 use crate::place::find_link;
 use crate::policy;
 use crate::reading::since_boot;
-use crate::reconcile::{OVERDUE, Options, last_trial, observe, reconcile_on_trial, roll_back};
+use crate::reconcile::reconcile_on_trial;
 use crate::report::Report;
+use crate::run::{Options, observe};
 use crate::trial::{self, Standing, State, Trial};
+use crate::undo::{OVERDUE, last_trial, roll_back};
 use crate::{lock, metadata};
 
 /// How often it is looked whether somebody has confirmed.

@@ -1,7 +1,6 @@
 //! The whole run, from top to bottom: read metadata, decide, observe, plan, apply, plan again and expect nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -9,67 +8,28 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Config;
 use crate::desired::{Desired, desired};
-use crate::eni::{Attached, Pending, Reason};
+use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
 use crate::lock::{self, Deeds, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Unusable};
-use crate::net::{Link, MacAddr, Observed};
-use crate::netlink::apply::Outcome;
-use crate::netlink::{self, Netlink};
-use crate::plan::{Plan, Step, plan, spare_carriers};
+use crate::net::{MacAddr, Observed};
+use crate::netlink::Netlink;
+use crate::plan::{Plan, Step, plan};
 use crate::policy;
 use crate::proof::{Judgement, Notes, Sighting, Taken, judge};
 use crate::reading::{Reading, since_boot};
-use crate::release::{Share, release};
 use crate::report::{self, Report, State, Trouble};
-use crate::rollback::rollback;
+use crate::run::{self, Options, ROUNDS, SETTLING, carry_out, keep, observe_as_noted, observe_settled, unsettled};
 use crate::selection::{select, unlisted_links};
-use crate::tally::{self, Event};
 use crate::trial::{self, InTheWay, Standing, Trial};
-use crate::typo;
-
-/// Another manager may undo or overtake a change while it is made; more rounds than this would be a fight.
-const ROUNDS: usize = 3;
+use crate::trouble::{listed, pending_troubles, plan_troubles, still_left_alone, unlisted_troubles, waiting_for_proof};
+use crate::undo::{OVERDUE, last_trial, roll_back};
 
 /// Before a pending ENI is asked for again; half as long again each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// How long the kernel may be busy with what it has acknowledged, and how often it is looked at meanwhile. On a link
-/// without a carrier it never gets done, and that is no reason to wait longer.
-const SETTLING: Duration = Duration::from_millis(200);
-const LOOK: Duration = Duration::from_millis(1);
-
-/// What a run needs from outside.
-pub struct Options {
-    /// Instead of the well-known endpoints.
-    pub endpoint: Option<String>,
-    /// All waiting ends by then: for the lock, for metadata, for pending ENIs.
-    pub deadline: Instant,
-    /// Holds the lock and the ledger.
-    pub directory: PathBuf,
-    /// Nobody looks on: what rests on metadata alone is taken away on proof only.
-    pub is_automatic: bool,
-    /// Not to be carried out for now, as `Operation` shows them: somebody undoes them again and again.
-    pub held_back: BTreeSet<String>,
-    /// A link has come or gone: metadata lists an ENI seconds after its link is here at times, so it is waited for.
-    pub is_hotplug: bool,
-    pub config: Config,
-}
-
-/// The kernel refused for want of a capability.
-#[derive(Debug)]
-pub struct NotPermitted;
-
-impl std::fmt::Display for NotPermitted {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "changing the network needs CAP_NET_ADMIN: run it as root (sudo eniup …); `eniup plan` needs nothing")
-    }
-}
-
-impl std::error::Error for NotPermitted {}
 
 /// Makes the kernel agree with metadata, waiting for pending ENIs until the deadline.
 ///
@@ -340,22 +300,6 @@ fn believed(
     attached
 }
 
-fn keep(ledger: &mut Ledger, noted: Ledger, options: &Options) {
-    if noted != *ledger {
-        ledger::save(&noted, &options.directory);
-        *ledger = noted;
-    }
-}
-
-/// The last trial of this machine. The lock has to be held as long as anything is done about it.
-///
-/// # Errors
-/// No netlink.
-pub async fn last_trial(netlink: &mut Netlink, options: &Options) -> Result<Option<Trial>> {
-    let Some(trial) = trial::load_or_mend(&options.directory) else { return Ok(None) };
-    Ok(trial.is_of_machine(&netlink.links().await?).then_some(trial))
-}
-
 /// Sees to an earlier run's trial: what is still to be confirmed is not overtaken, what should have been rolled back is
 /// rolled back before anything else, and what was rolled back is done again by hand only.
 async fn make_way(netlink: &mut Netlink, options: &Options) -> Result<()> {
@@ -384,99 +328,6 @@ async fn lift_hold(netlink: &mut Netlink, options: &Options) -> Result<()> {
         Some(mut trial) if trial.was_rolled_back() => trial.become_state(trial::State::Superseded, &options.directory),
         Some(_) | None => Ok(()),
     }
-}
-
-/// Ends an earlier run's trial, since what it noted is not to come back. The lock has to be held.
-///
-/// # Errors
-/// As for [`lift_hold`].
-async fn end_trial(netlink: &mut Netlink, options: &Options) -> Result<()> {
-    match last_trial(netlink, options).await? {
-        // There is nothing to come back, and whoever was cut off would be again as soon as an automatic run comes.
-        Some(trial) if trial.was_rolled_back() => Ok(()),
-        Some(mut trial) => trial.become_state(trial::State::Superseded, &options.directory),
-        None => Ok(()),
-    }
-}
-
-/// Why a trial is rolled back by another run.
-pub const OVERDUE: &str = "an earlier run was not confirmed in time";
-
-/// Puts back what the run on trial has changed, and says so in the trial. Whoever finds it meanwhile would do the same.
-///
-/// # Errors
-/// No netlink, or not all could be put back: then the trial stays overdue.
-pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, options: &Options) -> Result<()> {
-    trial.until = trial.until.min(since_boot()?);
-    lock::count_decision(&options.directory);
-    warn_of(trial.save(&options.directory));
-    let mut report = Report::default();
-    let mut failures = Vec::new();
-    for round in 0.. {
-        let mut ledger = ledger::load(&options.directory).of(trial.primary);
-        let patience = if round == 0 { Duration::ZERO } else { SETTLING };
-        let observed = observe_settled(netlink, &mut ledger, options, patience).await?;
-        let plan = rollback(&trial.before, &observed, &options.config);
-        if plan.steps.is_empty() {
-            plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
-            break;
-        }
-        if round == ROUNDS {
-            bail!("rolling back ({why}) is not complete; not done: {}", unsettled(&plan.steps, &failures).join("; "));
-        }
-        let noted = ledger.noting(&plan.steps, &observed);
-        keep(&mut ledger, noted, options);
-        lock::count_change(&options.directory);
-        failures = carry_out(netlink, &plan, &mut report).await?;
-    }
-    warn_of(trial.become_state(trial::State::RolledBack(why.into()), &options.directory));
-    Ok(())
-}
-
-/// A rollback does not depend on what can be written; at worst the next run does it again and finds it done.
-fn warn_of(written: Result<()>) {
-    if let Err(error) = written {
-        tracing::warn!("{error:#}; rolling back all the same");
-    }
-}
-
-/// Takes away everything that is ours, or what of it belongs to one ENI. Metadata is not asked.
-///
-/// # Errors
-/// As for [`reconcile`], and no link of that ENI.
-pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
-    let _turn = lock::acquire(&options.directory, options.deadline).await?;
-    ledger::load_or_mend(&options.directory, since_boot()?);
-    let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let mut report = Report::default();
-    let mut failures = Vec::new();
-    // Found once: its name goes with the rest.
-    let share = share(eni, &netlink.observe().await?, &options.config)?;
-    for round in 0.. {
-        let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
-        // Of all that is ours also what a run on trial has taken away must not come back.
-        if round == 0 && (share.is_none() || !plan.steps.is_empty()) {
-            // As late as can be, or a release that fails would have ended it for nothing; but before anything is taken away,
-            // or a rollback would bring some of it back.
-            end_trial(&mut netlink, options).await?;
-            lock::count_decision(&options.directory);
-        }
-        if plan.steps.is_empty() {
-            report.unsettled = plan.notes;
-            // What stays has to be known as ours to the one who comes back for it, and an old kernel does not tell.
-            if report.unsettled.is_empty() {
-                let left = share.map_or_else(Ledger::default, |share| ledger.without(share.link));
-                ledger::save(&left, &options.directory);
-            }
-            return Ok(report);
-        }
-        if round == ROUNDS {
-            report.unsettled = unsettled(&plan.steps, &failures);
-            break;
-        }
-        failures = carry_out(&mut netlink, &plan, &mut report).await?;
-    }
-    Ok(report)
 }
 
 /// Applies until nothing is left to do, a few rounds at most; what is left then is reported.
@@ -532,208 +383,16 @@ fn note_troubles(report: &Report, ledger: &mut Ledger, options: &Options) {
     keep(ledger, ledger.with_troubles(report.troubles.iter().map(noted)), options);
 }
 
-/// What the kernel has, with the marks that it has lost.
-async fn observe_as_noted(netlink: &mut Netlink, ledger: &mut Ledger, options: &Options) -> Result<Observed> {
-    let observed = netlink.observe().await?;
-    if let Some(noted) = ledger.learning_marks(&observed, options.config.mark) {
-        keep(ledger, noted, options);
-    }
-    Ok(ledger.recall(observed, options.config.mark))
-}
-
-/// The same, once it is done with what it has acknowledged.
-async fn observe_settled(
-    netlink: &mut Netlink,
-    ledger: &mut Ledger,
-    options: &Options,
-    patience: Duration,
-) -> Result<Observed> {
-    let deadline = Instant::now() + patience;
-    loop {
-        let observed = observe_as_noted(netlink, ledger, options).await?;
-        if Instant::now() >= deadline || !policy::is_settling(&options.config, &observed) {
-            return Ok(observed);
-        }
-        sleep_until(Instant::now() + LOOK).await;
-    }
-}
-
-/// A step that failed, and why.
-type Failure = (Step, String);
-
-async fn carry_out(netlink: &mut Netlink, plan: &Plan, report: &mut Report) -> Result<Vec<Failure>> {
-    let outcomes = netlink.apply(&plan.steps).await?;
-    let mut failures = Vec::new();
-    for (step, outcome) in plan.steps.iter().zip(outcomes) {
-        match outcome {
-            Outcome::Done => {
-                report.done.push(step.operation.to_string());
-                tally::count(Event::Change(step.operation.action()));
-                let Step { eni, operation, reason } = step;
-                let action = operation.action();
-                tracing::info!(eni, link = operation.link(), action, reason, "{step}");
-            }
-            Outcome::AlreadySo => {
-                tracing::debug!("already so: {step}");
-                // Of no interest, unless the step is still to be done when all is looked at again.
-                failures.push((step.clone(), "something else is in its place".into()));
-            }
-            Outcome::Skipped => tracing::debug!("left out after a failure: {step}"),
-            Outcome::Failed(error) if is_permission(&error) => return Err(NotPermitted.into()),
-            Outcome::Failed(error) => {
-                tracing::debug!("failed ({error}): {step}");
-                failures.push((step.clone(), error.to_string()));
-            }
-        }
-    }
-    Ok(failures)
-}
-
-fn is_permission(error: &netlink::Error) -> bool {
-    error.errno() == Some(libc::EPERM)
-}
-
-fn unsettled(steps: &[Step], failures: &[Failure]) -> Vec<String> {
-    let why = |step: &Step| match failures.iter().find(|(failed, _)| failed.operation == step.operation) {
-        Some((_, error)) => format!("{} ({error})", step.operation),
-        None => format!("{} (made, but undone by somebody else, or left out after a failure)", step.operation),
-    };
-    steps.iter().map(why).collect()
-}
-
-/// The ENIs for which something is left to do, with the first thing that failed.
-fn plan_troubles(plan: &Plan, failures: &[Failure]) -> Vec<(String, Trouble)> {
-    let mut troubles: Vec<(String, Trouble)> = Vec::new();
-    for trouble in plan.troubles.values() {
-        let state = if trouble.kind.may_pass() { State::Pending } else { State::Failed };
-        troubles.push((trouble.eni.clone(), Trouble { state, why: trouble.kind.to_string() }));
-    }
-    let mut left: Vec<&Step> = plan.steps.iter().filter(|step| step.eni.is_some()).collect();
-    // What failed explains what was left out because of it.
-    left.sort_by_key(|step| !failures.iter().any(|(failed, _)| failed.operation == step.operation));
-    for step in left {
-        let Some(eni) = &step.eni else { continue };
-        if troubles.iter().all(|(known, _)| known != eni) {
-            let why = unsettled(std::slice::from_ref(step), failures).join("");
-            troubles.push((eni.clone(), Trouble { state: State::Failed, why }));
-        }
-    }
-    troubles
-}
-
-/// Every ENI that metadata lists, by the name that its troubles have.
-fn listed(attached: &Attached) -> BTreeMap<String, State> {
-    let name = |mac: &MacAddr, id: Option<&str>| id.map_or_else(|| format!("ENI {mac}"), String::from);
-    let ready = attached.ready.values().map(|eni| (eni.id.clone(), State::Ready));
-    let pending = attached.pending.iter().map(|(mac, pending)| (name(mac, pending.id.as_deref()), State::Pending));
-    let ignored = attached.ignored.iter().map(|(mac, ignored)| (name(mac, ignored.id()), State::Ignored));
-    ready.chain(pending).chain(ignored).collect()
-}
-
-/// What metadata does not tell yet, or tells wrongly.
-pub fn pending_troubles(attached: &Attached) -> Vec<(String, Trouble)> {
-    let pending = attached.pending.iter().map(|(mac, pending)| {
-        let state = if pending.reason.may_pass() { State::Pending } else { State::Failed };
-        let eni = pending.id.clone().unwrap_or_else(|| format!("ENI {mac}"));
-        (eni, Trouble { state, why: pending.reason.to_string() })
-    });
-    let malformed = attached
-        .malformed
-        .iter()
-        .enumerate()
-        .map(|(n, why)| (format!("entry {}", n + 1), Trouble { state: State::Failed, why: why.clone() }));
-    let disputed = attached.disputes.iter().filter_map(|(mac, disputes)| {
-        let why: Vec<String> = disputes.iter().map(|dispute| dispute.to_string()).collect();
-        Some((attached.ready.get(mac)?.id.clone(), Trouble { state: State::Pending, why: why.join("; ") }))
-    });
-    pending.chain(disputed).chain(malformed).collect()
-}
-
-/// What metadata tells, and is not done as long as it is not proven that another ENI has it no more.
-fn waiting_for_proof(taken_as_true: &Attached) -> impl Iterator<Item = (String, Trouble)> {
-    let is_itself = |(_, pending): &(&MacAddr, &Pending)| pending.reason == Reason::Unproven;
-    let themselves: Vec<String> =
-        taken_as_true.pending.iter().filter(is_itself).map(|(mac, _)| taken_as_true.name_of(*mac)).collect();
-    pending_troubles(taken_as_true).into_iter().filter(move |(eni, _)| !themselves.contains(eni))
-}
-
-/// What is to be managed, and is not as long as that is not proven.
-fn still_left_alone(taken_as_true: &Attached) -> impl Iterator<Item = (String, Trouble)> {
-    let ignored = taken_as_true.ignored.iter().filter(|(mac, _)| taken_as_true.still_left_alone.contains(*mac));
-    let why = "it was left alone until now, and that it is not to be any more is not proven";
-    ignored.map(move |(mac, ignored)| {
-        let eni = ignored.id().map_or_else(|| format!("ENI {mac}"), String::from);
-        (eni, Trouble { state: State::Pending, why: why.into() })
-    })
-}
-
-/// The links that metadata may come to tell of.
-fn unlisted_troubles(attached: &Attached, observed: &Observed, config: &Config) -> Vec<(String, Trouble)> {
-    let trouble = |mac| Trouble { state: State::Pending, why: format!("metadata does not list its MAC {mac}") };
-    let of_link = |link: &Link| Some((format!("link {}", link.name), trouble(link.mac?)));
-    unlisted_links(attached, observed, config).into_iter().filter_map(of_link).collect()
-}
-
 /// What a run would do at this moment, without waiting for pending ENIs and without changing anything.
 ///
 /// # Errors
 /// No metadata or no netlink.
 pub async fn preview(endpoint: Option<&str>, deadline: Instant, config: &Config) -> Result<(Attached, Plan)> {
-    let observed = observe(config).await?;
+    let observed = run::observe(config).await?;
     let mut imds = Imds::connect(endpoint, &Surroundings::of(&observed), deadline).await?;
     let tree = imds.snapshot(Scope::of(config)).await?;
     let files = machine_files::read_of_container_networks();
     let attached = select(&metadata::attached_here(&tree, &observed.links)?, &tree, &observed, &files, config);
     let plan = plan(&desired(&attached, config), &observed, attached.primary, config);
     Ok((attached, plan))
-}
-
-/// What the kernel has, for commands that change nothing.
-///
-/// # Errors
-/// No netlink.
-pub async fn observe(config: &Config) -> Result<Observed> {
-    let observed = Netlink::open().context("opening a netlink socket")?.observe().await?;
-    Ok(ledger::load(&lock::runtime_directory()).of_machine(&observed).recall(observed, config.mark))
-}
-
-/// The troubles of a plan that was not carried out.
-pub fn preview_troubles(attached: &Attached, plan: &Plan) -> Vec<(String, Trouble)> {
-    let bare = Plan { steps: Vec::new(), ..plan.clone() };
-    plan_troubles(&bare, &[]).into_iter().chain(pending_troubles(attached)).collect()
-}
-
-/// What [`take_away`] would take away at this moment.
-///
-/// # Errors
-/// No netlink, or no link of that ENI.
-pub async fn preview_release(eni: Option<&str>, options: &Options) -> Result<Plan> {
-    let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    let share = share(eni, &netlink.observe().await?, &options.config)?;
-    Ok(what_is_ours(&mut netlink, share.as_ref(), options).await?.0)
-}
-
-fn share(eni: Option<&str>, observed: &Observed, config: &Config) -> Result<Option<Share>> {
-    let Some(id) = eni else { return Ok(None) };
-    let names = observed.links.values().flat_map(|link| &link.altnames).map(String::as_str);
-    let ids: Vec<&str> = names.filter(|name| name.starts_with("eni-")).collect();
-    let share = Share::of(id, observed, config).with_context(|| match ids.as_slice() {
-        [] => format!("no link is called {id}, nor by any ENI's id"),
-        ids => format!("no link is called {id}; there are {}{}", ids.join(", "), typo::hint(id, ids.iter().copied())),
-    })?;
-    Ok(Some(share))
-}
-
-/// As steps that take it away, with the ledger by which it is told.
-async fn what_is_ours(netlink: &mut Netlink, share: Option<&Share>, options: &Options) -> Result<(Plan, Ledger)> {
-    let observed = netlink.observe().await?;
-    let ledger = ledger::load(&options.directory).of_machine(&observed);
-    let observed = ledger.recall(observed, options.config.mark);
-    let plan = release(&observed, share, &ledger, &options.config);
-    let mut plan = match share {
-        Some(share) => share.only(plan),
-        None => plan,
-    };
-    plan.notes = spare_carriers(&mut plan.steps, &observed, &options.config);
-    Ok((plan, ledger))
 }

@@ -19,11 +19,11 @@ use crate::net::{Address, Family, Link, MacAddr, Observed};
 use crate::place::find_link;
 use crate::plan::{Plan, plan};
 use crate::policy;
-use crate::reconcile::preview_troubles;
 use crate::report::{Exit, State, Trouble};
 use crate::selection::select;
 use crate::snapshot::Snapshot;
 use crate::trial::Notice;
+use crate::trouble::preview_troubles;
 
 /// Raised when a key changes its meaning or goes away; keys may be added at any time.
 const SCHEMA: u32 = 1;

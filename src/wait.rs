@@ -22,8 +22,8 @@ use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::plan::plan;
 use crate::readiness::{Readiness, Target, of_address, of_eni, question, to_ask_again, why_not};
-use crate::reconcile;
 use crate::report::Exit;
+use crate::run;
 use crate::selection::select;
 
 /// After something has changed, more does: a run makes its changes in a row.
@@ -79,7 +79,7 @@ pub async fn wait(target: &Target, endpoint: Option<&str>, deadline: Instant, co
     let mut last_why = String::new();
     loop {
         events.forget().context("listening to the kernel")?;
-        let observed = reconcile::observe(config).await?;
+        let observed = run::observe(config).await?;
         let why = match judge(target, &observed, &metadata, &mut netlink, config).await? {
             Readiness::Ready(how) => return Ok(format!("{what} is configured: {how}")),
             Readiness::Never(why) => return Err(Unready { what, waited: None, why }.into()),

@@ -21,8 +21,9 @@ use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::policy;
 use crate::reading::{Reading, since_boot};
-use crate::reconcile::{self, Options};
+use crate::reconcile;
 use crate::report::{self, Exit, Remark, Report};
+use crate::run::Options;
 use crate::service::Service;
 use crate::trial::InTheWay;
 

@@ -14,7 +14,7 @@ use eniup::operation::Operation;
 use eniup::plan::Plan;
 use eniup::proof::{Notes, Taken, judge};
 use eniup::release::release;
-use eniup::{policy, reconcile};
+use eniup::{policy, trouble};
 use proptest::prelude::*;
 use support::{Scenario, apply, plan_for, scenarios};
 
@@ -27,7 +27,7 @@ fn shown(attached: &eniup::eni::Attached, plan: &Plan) -> String {
     for note in &plan.notes {
         text += &format!("# note: {note}\n");
     }
-    for (eni, trouble) in reconcile::preview_troubles(attached, plan) {
+    for (eni, trouble) in trouble::preview_troubles(attached, plan) {
         text += &format!("# {eni} is {}: {}\n", trouble.state, trouble.why);
     }
     text
@@ -545,7 +545,7 @@ proptest! {
                 prop_assert!(is_told, "{} without proof", step);
             }
         }
-        for (eni, trouble) in reconcile::preview_troubles(&attached, &plan) {
+        for (eni, trouble) in trouble::preview_troubles(&attached, &plan) {
             prop_assert!(!format!("{eni}{}", trouble.why).contains(char::is_control), "{}", trouble.why);
         }
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms in flow order: each may use those before it.
-const FLOW: [&str; 52] = [
+const FLOW: [&str; 55] = [
     "net",
     "config",
     "eni",
@@ -47,6 +47,9 @@ const FLOW: [&str; 52] = [
     "netlink",
     "snapshot_file",
     "reading",
+    "run",
+    "trouble",
+    "undo",
     "reconcile",
     "confirm",
     "fights",

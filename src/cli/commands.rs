@@ -27,12 +27,14 @@ use crate::net::Observed;
 use crate::netlink::Netlink;
 use crate::plan::{Plan, fresh_machine, plan};
 use crate::policy;
-use crate::reconcile::{self, NotPermitted, Options};
+use crate::reconcile;
 use crate::report::{Exit, Report};
+use crate::run::{self, NotPermitted, Options};
 use crate::selection::select;
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
 use crate::status;
+use crate::undo;
 use crate::wait;
 use crate::watch::{self, Pace, Watch};
 
@@ -106,12 +108,12 @@ pub(super) async fn dispatch(cli: &Cli, report: &mut Option<Report>) -> Result<E
         Command::Doctor { json, timeout, .. } => ground.examine(timeout, *json).await,
         Command::Snapshot { output, redact, timeout } => ground.snapshot(output.as_deref(), *redact, timeout).await,
         Command::Release { dry_run: true, eni, timeout } => {
-            print::steps(&reconcile::preview_release(eni.as_deref(), &ground.options(timeout)).await?)?;
+            print::steps(&undo::preview_release(eni.as_deref(), &ground.options(timeout)).await?)?;
             Ok(Exit::Ok)
         }
         Command::Release { dry_run: false, eni, timeout } => {
             check_permission()?;
-            print::report(&reconcile::take_away(eni.as_deref(), &ground.options(timeout)).await?)
+            print::report(&undo::take_away(eni.as_deref(), &ground.options(timeout)).await?)
         }
         // Answered before: they need no configuration.
         Command::Completions { .. } | Command::Complete { .. } | Command::Man { .. } => Ok(Exit::Ok),
@@ -264,7 +266,7 @@ async fn plan_offline(file: &Path, config: &Config) -> Result<(Attached, Plan)> 
     // Not passed on as it is: the metadata service was not asked, so it is not what is unavailable.
     let attached =
         metadata::attached(&tree).map_err(|error| anyhow!("{}: {}", snapshot_file::unusable(file), error.what()))?;
-    let mut observed = reconcile::observe(config).await?;
+    let mut observed = run::observe(config).await?;
     let mut files = machine_files::read_of_container_networks();
     if !observed.links.values().any(|link| link.mac == Some(attached.primary)) {
         tracing::info!("the snapshot is not of this machine: planning for a fresh one with links eth0, eth1, …");
@@ -310,7 +312,7 @@ async fn read_explanation(
     deadline: Instant,
     config: &Config,
 ) -> Result<Explanation> {
-    let observed = reconcile::observe(config).await?;
+    let observed = run::observe(config).await?;
     let packet = question.packet(&observed)?;
     let said = match explain::unaskable(&observed, &packet) {
         Some(why) => Said::Nothing(why),

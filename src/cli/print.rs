@@ -12,11 +12,11 @@ use crate::eni::Attached;
 use crate::explain::Explanation;
 use crate::layout;
 use crate::plan::Plan;
-use crate::reconcile;
 use crate::report::{self, Exit, Remark, Report};
 use crate::snapshot::Snapshot;
 use crate::snapshot_file;
 use crate::status::{Status, Text};
+use crate::trouble;
 
 const NARROWEST: usize = 40;
 
@@ -39,7 +39,7 @@ pub(super) fn settings(settings: &Settings, files: &[File], is_json: bool) -> Re
 }
 
 pub(super) fn plan(attached: &Attached, plan: &Plan, is_detailed: bool, is_json: bool) -> Result<Exit> {
-    let troubles = reconcile::preview_troubles(attached, plan);
+    let troubles = trouble::preview_troubles(attached, plan);
     let notes: Vec<&String> = plan.notes.iter().chain(&attached.idle).collect();
     if is_json {
         let steps: Vec<serde_json::Value> = plan.steps.iter().map(|step| step.to_json()).collect();
