@@ -84,25 +84,32 @@ fn count(directory: &Path, more: impl FnOnce(Deeds) -> Deeds) {
     }
 }
 
-/// Makes the directory if it is missing, and waits for the lock until the deadline.
+/// The lock's file. It and its directory are made if they are missing.
 ///
 /// # Errors
-/// [`Busy`], or the directory cannot be used.
-pub async fn acquire(directory: &Path, deadline: Instant) -> Result<Turn> {
+/// The directory cannot be used.
+pub fn prepare(directory: &Path) -> Result<File> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(directory)
         .with_context(|| format!("cannot make the directory {} for the lock; {REMEDY}", directory.display()))?;
+    open(&directory.join("lock"))
+}
+
+/// Waits for the lock until the deadline.
+///
+/// # Errors
+/// [`Busy`], or the directory cannot be used.
+pub async fn acquire(directory: &Path, deadline: Instant) -> Result<Turn> {
     let path = directory.join("lock");
-    let failed = || format!("cannot open the lock {}; {REMEDY}", path.display());
     let started = Instant::now();
-    let mut file = open(&path).with_context(failed)?;
+    let mut file = prepare(directory)?;
     loop {
         match file.try_lock() {
             Ok(()) if is_there(&file, &path) => return Ok(Turn { _file: file, _unstopped: Unstopped::begin() }),
             // Somebody has taken it away, and others lock the one that came in its place.
-            Ok(()) => file = open(&path).with_context(failed)?,
+            Ok(()) => file = open(&path)?,
             Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
                 sleep(POLL.min(deadline - Instant::now())).await;
             }
@@ -117,11 +124,14 @@ pub async fn acquire(directory: &Path, deadline: Instant) -> Result<Turn> {
 
 /// Whoever may open a file may lock it, so nobody else may. What is there and is no file would keep the run waiting.
 fn open(path: &Path) -> Result<File> {
-    let mut options = File::options();
-    options.create(true).truncate(false).read(true).write(true).mode(0o600);
-    let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path)?;
-    ensure!(file.metadata()?.is_file(), "it is there and is no file");
-    Ok(file)
+    let open = || {
+        let mut options = File::options();
+        options.create(true).truncate(false).read(true).write(true).mode(0o600);
+        let file = options.custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW).open(path)?;
+        ensure!(file.metadata()?.is_file(), "it is there and is no file");
+        Ok(file)
+    };
+    open().with_context(|| format!("cannot open the lock {}; {REMEDY}", path.display()))
 }
 
 fn is_there(file: &File, path: &Path) -> bool {

@@ -50,11 +50,14 @@ pub async fn reconcile_on_trial(options: &Options, trial: &mut Trial) -> Result<
 
 async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> Result<Report> {
     let mut netlink = Netlink::open().context("opening a netlink socket")?;
-    // What is in the way is told at once. Nobody is kept waiting while metadata is read.
-    let before = {
-        let (_turn, ledger) = take_turn(&mut netlink, options).await?;
-        Past::so_far(&ledger, options)?
-    };
+    // Who may not act is told at once.
+    drop(lock::prepare(&options.directory)?);
+    if trial::is_there(&options.directory) {
+        // What is in the way is told at once, and what is to be rolled back is, whether metadata answers or not.
+        drop(take_turn(&mut netlink, options).await?);
+    }
+    // Nobody is kept waiting while metadata is read.
+    let before = Past::so_far(&ledger::load(&options.directory), options)?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     let reading = Reading::take(&mut imds, &options.config).await?;
@@ -122,7 +125,9 @@ struct Past {
 
 impl Past {
     fn so_far(ledger: &Ledger, options: &Options) -> Result<Past> {
-        Ok(Past { deeds: lock::deeds(&options.directory)?, notes: ledger.notes.clone() })
+        // Where a ledger is lost, the first turn notes when; nobody has learnt anything by that.
+        let notes = Notes { unknown_before: None, ..ledger.notes.clone() };
+        Ok(Past { deeds: lock::deeds(&options.directory)?, notes })
     }
 }
 

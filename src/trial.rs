@@ -196,6 +196,11 @@ fn path(directory: &Path) -> PathBuf {
     directory.join("trial.json")
 }
 
+/// Whether there may be a trial, of this boot or not.
+pub fn is_there(directory: &Path) -> bool {
+    fs::symlink_metadata(path(directory)).is_ok()
+}
+
 /// The last trial of this boot.
 ///
 /// # Errors

@@ -540,8 +540,11 @@ fn a_run_on_trial_that_has_changed_anything_waits_for_no_eni() {
 fn a_terminal_cannot_stop_a_run_that_holds_the_lock_and_one_that_waits_keeps_nobody_out() {
     inside(|| {
         with_two_enis(|machine| {
-            machine.service.set_latency(Duration::from_millis(400));
+            machine.service.set_latency(Duration::from_millis(700));
             let acts = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+            until("it asks", || Ok(!machine.service.requests().gets_by_path.is_empty()))?;
+            // Another run has come between, so it reads all of metadata once more, in its turn.
+            eniup::lock::count_change(&machine.directory);
             until("its turn", || Ok(is_held(machine)))?;
             ensure!(acts.ignores_stops()?, "it can be stopped");
             acts.ends(0, "")?;
@@ -590,21 +593,21 @@ fn a_lock_that_is_taken_away_is_no_reason_to_act_beside_another() {
     inside(|| {
         with_two_enis(|machine| {
             machine.reconcile(0)?;
-            machine.service.set_latency(Duration::from_millis(300));
             let path = machine.directory.join("lock");
-            let first = Meanwhile::start(machine, "reconcile --timeout 15s")?;
-            until("the first one's turn", || Ok(is_held(machine)))?;
-            let second = Meanwhile::start(machine, "reconcile --timeout 15s")?;
-            sleep(Duration::from_millis(100));
+            let before = fs::File::options().write(true).open(&path)?;
+            before.try_lock()?;
+            let waits = Meanwhile::start(machine, "reconcile --timeout 15s")?;
+            // It has read metadata by then, and waits for its turn.
+            sleep(Duration::from_millis(500));
             fs::remove_file(&path)?;
             let held = fs::File::options().create_new(true).write(true).open(&path)?;
             held.try_lock()?;
-            first.ends(0, "")?;
+            drop(before);
             ip("addr del 10.0.1.21/32 dev eth02")?;
             sleep(Duration::from_millis(500));
-            ensure!(!ip("addr show eth02")?.contains("10.0.1.21"), "the second one acts by the lock that is gone");
+            ensure!(!ip("addr show eth02")?.contains("10.0.1.21"), "it acts by the lock that is gone");
             drop(held);
-            second.ends(0, "")?;
+            waits.ends(0, "")?;
             ensure!(changes(machine)? > 0 && ip("addr show eth02")?.contains("10.0.1.21"), "it has not acted");
             Ok(())
         })
