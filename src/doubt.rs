@@ -237,7 +237,9 @@ pub fn stand_in_as_is(attached: &mut Attached, observed: &Observed, config: &Con
             is_default && policy::owns_route(config, route) && route.metric == policy::MAIN_METRIC
         };
         let ours = observed.routes.iter().filter(|(_, route)| is_ours(route));
-        for mac in ours.filter_map(|(index, _)| observed.links.get(&(*index)?)?.mac) {
+        let links = ours.filter_map(|(index, _)| observed.links.get(&(*index)?));
+        // Where IPv6 is turned off on the link by now, another one has to.
+        for mac in links.filter(|link| observed.can_have(link, family)).filter_map(|link| link.mac) {
             attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
         }
     }
