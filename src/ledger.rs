@@ -256,7 +256,14 @@ pub fn load(directory: &Path) -> Ledger {
     known.unwrap_or_else(empty)
 }
 
-/// The same, with a new ledger put in the place of one that is not there or cannot be read, so that the log tells of it once.
+/// What it has noted of metadata that is not over by now (milliseconds since boot), without a word where it cannot be read: whoever
+/// has the turn tells.
+pub fn notes(directory: &Path, now: u64) -> Notes {
+    let known = read(directory).ok().flatten().map(|known| known.notes);
+    known.unwrap_or_default().until(now)
+}
+
+/// The ledger, with a new one put in the place of one that is not there or cannot be read, so that the log tells of it once.
 /// `now` is in milliseconds since boot.
 pub fn load_or_mend(directory: &Path, now: u64) -> Ledger {
     let known = read(directory).unwrap_or_else(|error| {

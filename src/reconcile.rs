@@ -57,7 +57,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
         drop(take_turn(&mut netlink, options).await?);
     }
     // Nobody is kept waiting while metadata is read.
-    let before = Past::so_far(&ledger::load(&options.directory), options)?;
+    let before = Past::so_far(ledger::notes(&options.directory, since_boot()?), options)?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     let reading = Reading::take(&mut imds, &options.config).await?;
@@ -87,7 +87,7 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         // Others may act meanwhile.
-        let before = Past::so_far(&ledger, options);
+        let before = Past::so_far(ledger.notes.clone(), options);
         drop(turn);
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
@@ -124,9 +124,9 @@ struct Past {
 }
 
 impl Past {
-    fn so_far(ledger: &Ledger, options: &Options) -> Result<Past> {
+    fn so_far(notes: Notes, options: &Options) -> Result<Past> {
         // Where a ledger is lost, the first turn notes when; nobody has learnt anything by that.
-        let notes = Notes { unknown_before: None, ..ledger.notes.clone() };
+        let notes = Notes { unknown_before: None, ..notes };
         Ok(Past { deeds: lock::deeds(&options.directory)?, notes })
     }
 }
@@ -145,7 +145,7 @@ async fn turn_with(
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
     let (turn, ledger) = take_turn(netlink, options).await?;
-    let now = Past::so_far(&ledger, options)?;
+    let now = Past::so_far(ledger.notes.clone(), options)?;
     if now == before {
         return Ok((turn, ledger, reading));
     }
