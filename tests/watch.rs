@@ -132,6 +132,16 @@ fn within(patience: Duration, what: &str, mut holds: impl FnMut() -> Result<bool
 }
 
 impl Watched {
+    /// For longer than it takes to put an address back.
+    fn stays_without(&self, address: &str) -> Result<()> {
+        let gone = Instant::now();
+        while gone.elapsed() < Duration::from_millis(1500) {
+            let shown = self.ip(&format!("-o addr show to {address}"))?;
+            ensure!(shown.is_empty(), "{:?} after it has gone:\n{shown}", gone.elapsed());
+        }
+        Ok(())
+    }
+
     fn ip(&self, arguments: &str) -> Result<String> {
         let output = self.lab.command("web", "ip")?.args(arguments.split_whitespace()).output()?;
         ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
@@ -313,15 +323,7 @@ fn what_another_run_has_taken_away_by_newer_metadata_is_not_put_back() {
             web.lab.unassign(&second, &leaving)?;
             let run = web.lab.eniup("web", &["reconcile"])?;
             ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-            let gone = Instant::now();
-            while gone.elapsed() < Duration::from_millis(1500) {
-                let shown = web.ip("-o addr show to 10.0.1.40")?;
-                ensure!(
-                    shown.is_empty(),
-                    "{:?} after it has gone (failed before: {has_failed}):\n{shown}",
-                    gone.elapsed()
-                );
-            }
+            web.stays_without("10.0.1.40").with_context(|| format!("failed before: {has_failed}"))?;
         }
         Ok(())
     });
@@ -348,12 +350,7 @@ fn what_another_run_has_taken_away_while_metadata_was_asked_is_not_put_back() {
         web.lab.unassign(&second, &leaving)?;
         let run = web.lab.eniup("web", &["reconcile"])?;
         ensure!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-        let gone = Instant::now();
-        while gone.elapsed() < Duration::from_millis(1500) {
-            let shown = web.ip("-o addr show to 10.0.1.40")?;
-            ensure!(shown.is_empty(), "{:?} after it has gone:\n{shown}", gone.elapsed());
-        }
-        Ok(())
+        web.stays_without("10.0.1.40")
     });
 }
 
