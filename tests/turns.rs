@@ -16,6 +16,7 @@ use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
 const TWO: &str = "two-subnets-dual-stack";
 const THREE: &str = "three-enis-of-which-two-share";
+const SECONDS_LIST: &str = "network/interfaces/macs/02:00:00:00:00:02/local-ipv4s";
 
 /// For what has to happen soon, on a machine that is busy with other things.
 const SOON: Duration = Duration::from_secs(20);
@@ -206,37 +207,61 @@ fn a_run_that_reads_metadata_keeps_nobody_out() {
     });
 }
 
+/// Starts a run that has read the second ENI's addresses and is kept from the rest for two seconds.
+fn reading_the_rest(machine: &Machine, verb: &str) -> Result<Meanwhile> {
+    let slow =
+        Rule::new("*/02:00:00:00:00:02/device-number", Occurrences::FirstN(1), Action::Delay(Duration::from_secs(2)));
+    machine.service.set_faults(Faults { rules: vec![slow], ..Faults::default() });
+    machine.service.reset_counters();
+    let reads = Meanwhile::start(machine, verb)?;
+    until("it has read the list", || {
+        let gets = machine.service.requests().gets_by_path;
+        let has_list = gets.keys().any(|path| path.ends_with(SECONDS_LIST));
+        Ok(has_list && machine.service.requests().faults > 0)
+    })?;
+    Ok(reads)
+}
+
 /// What another run has done while metadata was read may follow from what is newer.
 #[test]
 fn what_another_run_has_done_while_metadata_was_read_is_not_undone() {
     inside(|| {
         with_two_enis(|machine| {
             let mut leaves = told(TWO)?;
-            let list = "network/interfaces/macs/02:00:00:00:00:02/local-ipv4s";
-            let before = leaves[list].clone();
             machine.publish(leaves.clone());
             machine.reconcile(0)?;
-            // The list of the second ENI's addresses is answered, and then the run is stopped.
-            let slow = Rule::new(
-                "*/02:00:00:00:00:02/device-number",
-                Occurrences::FirstN(1),
-                Action::Delay(Duration::from_secs(2)),
-            );
-            machine.service.set_faults(Faults { rules: vec![slow], ..Faults::default() });
-            machine.service.reset_counters();
-            let reads = Meanwhile::start(machine, "reconcile --timeout 20s")?;
-            until("it has read the list", || {
-                let gets = machine.service.requests().gets_by_path;
-                let has_list = gets.keys().any(|path| path.ends_with(list));
-                Ok(has_list && machine.service.requests().faults > 0)
-            })?;
-            leaves.insert(list.into(), format!("{before}\n10.0.1.77"));
+            let reads = reading_the_rest(machine, "reconcile --timeout 20s")?;
+            *leaves.get_mut(SECONDS_LIST).context("no list")? += "\n10.0.1.77";
             machine.publish(leaves);
             machine.reconcile(0)?;
             ensure!(ip("addr show eth02")?.contains("10.0.1.77/32"), "it is not there");
             reads.ends(0, "")?;
             ensure!(ip("addr show eth02")?.contains("10.0.1.77/32"), "it was taken away by what was older");
             machine.assert_settled()
+        })
+    });
+}
+
+/// Nor is what another run has only noted: that metadata lacked an address is not disproven by what was read before.
+#[test]
+fn what_another_run_has_noted_while_metadata_was_read_is_not_forgotten() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut leaves = told(TWO)?;
+            let without = leaves.clone();
+            *leaves.get_mut(SECONDS_LIST).context("no list")? += "\n10.0.1.77";
+            machine.publish(leaves);
+            machine.reconcile(0)?;
+            let sightings = || eniup::ledger::load(&machine.directory).notes.sightings;
+            let reads = reading_the_rest(machine, "reconcile --automatic --timeout 20s")?;
+            machine.publish(without);
+            let (done, other) = (changes(machine)?, machine.eniup("reconcile --automatic")?);
+            ensure!(other.exit == 0 && changes(machine)? == done, "{}: {}", other.exit, other.stderr);
+            let noted = sightings();
+            ensure!(noted.len() == 1, "{noted:?}");
+            reads.ends(0, "")?;
+            ensure!(sightings() == noted, "{noted:?} became {:?}", sightings());
+            Ok(())
         })
     });
 }

@@ -1,5 +1,8 @@
 //! Staying, and keeping it so: the kernel tells when something changes, and metadata is asked now and then.
 
+mod cadence;
+mod signals;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::future::pending;
@@ -9,7 +12,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use futures::FutureExt;
 use futures::future::{LocalBoxFuture, select_all};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::{Config, Problems};
@@ -19,7 +21,6 @@ use crate::lock::{self, Deeds};
 use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
-use crate::policy;
 use crate::reading::{Reading, since_boot};
 use crate::reconcile;
 use crate::report::{self, Exit, Remark, Report};
@@ -27,19 +28,13 @@ use crate::run::Options;
 use crate::service::Service;
 use crate::trial::InTheWay;
 
+pub use cadence::Pace;
+
+use cadence::Cadence;
+use signals::Signals;
+
 /// After something has changed, more does: a manager makes its routes one by one.
 const QUIET: Duration = Duration::from_millis(20);
-
-/// Of a core, for asking metadata: an interval is at least this many times the time that asking took.
-const RATIO: u32 = 1000;
-
-/// Metadata is asked so often whatever it costs, or staying would be no better than the timer: on a machine that gets few turns
-/// time on a CPU is counted that it did not have.
-const RAREST: Duration = Duration::from_secs(10);
-
-/// Before metadata is asked again for what it is expected to tell of: an ENI whose link has come, or of which it has not told
-/// all. Half as long again each time.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long something that is to be repaired waits for metadata's answer. It is repaired within 100 ms, the quiet before and the
 /// run itself included.
@@ -49,15 +44,8 @@ const GRACE: Duration = Duration::from_millis(60);
 const PATIENCE: Duration = Duration::from_millis(500);
 const NEXT_TURN: Duration = Duration::from_secs(1);
 
-/// After so long all of metadata is read and all of the kernel is looked at, though nobody has told of a change: a sysctl is
-/// set without a word.
-const GLANCES: Duration = Duration::from_secs(60);
-
 /// Between two metrics files while nothing happens: a collector reads them every 15 s or less often.
 const METRICS_PAUSE: Duration = Duration::from_secs(10);
-
-/// While metadata does not answer; doubled each time. Longer only where metadata is asked as rarely anyway.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What it needs beside what a run needs.
 pub struct Watch {
@@ -66,17 +54,6 @@ pub struct Watch {
     pub metrics: Option<PathBuf>,
     /// Reads the configuration anew, and what follows from it beside the command line.
     pub reload: Box<dyn Fn() -> Result<(Config, Pace), Problems>>,
-}
-
-/// How often, and for how long.
-#[derive(Clone, Copy)]
-pub struct Pace {
-    /// Between two readings of metadata.
-    pub interval: Duration,
-    /// Longer where reading costs much.
-    pub is_thrifty: bool,
-    /// For one run.
-    pub timeout: Duration,
 }
 
 /// What happens.
@@ -96,13 +73,12 @@ type Answer = (Option<Imds>, Result<Option<Reading>>);
 struct State<'a> {
     options: Options,
     watch: &'a Watch,
-    pace: Pace,
+    cadence: Cadence,
     service: Service,
     netlink: Netlink,
     imds: Option<Imds>,
     /// Metadata is being asked; what the kernel tells meanwhile is not kept waiting.
     asking: Option<LocalBoxFuture<'static, Answer>>,
-    ask_at: Instant,
     /// When what is to be repaired is repaired without an answer.
     settle_by: Option<Instant>,
     /// When asking began, in time on a CPU.
@@ -112,17 +88,14 @@ struct State<'a> {
     known: Deeds,
     /// The same of the reading that is asked for.
     asked: Deeds,
-    /// Until when a glance tells whether metadata says something else than in the reading.
-    whole_until: Option<Instant>,
     /// Nothing was wrong, and the kernel had no more than metadata tells of: proof that something is gone takes whole readings.
     is_plain: bool,
     /// All was as it should be, and nothing has changed since.
     is_settled: bool,
-    /// What metadata is expected to tell of, and how soon it is asked again for that.
+    /// What metadata is expected to tell of.
     expected: BTreeSet<String>,
     /// Of these the ENIs that were pending when all was settled last.
     pending: BTreeSet<String>,
-    eager_pause: Duration,
     fights: Fights,
     /// Who was the last to take something of ours away, with the process's number.
     last_remover: Option<String>,
@@ -131,7 +104,6 @@ struct State<'a> {
     noted_at: Instant,
     /// What was said last of what is wrong: nobody wants to read it every two seconds.
     last_trouble: Vec<Remark>,
-    failures: u32,
 }
 
 /// Runs until it is told to stop. What goes wrong meanwhile is said, and tried again.
@@ -145,29 +117,25 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
     let mut state = State {
         options,
         watch,
-        pace: watch.pace,
+        cadence: Cadence::of(watch.pace),
         service: Service::of_environment(),
         netlink: Netlink::open().context("opening a netlink socket")?,
         imds: None,
         asking: None,
-        ask_at: Instant::now(),
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
         known: Deeds::default(),
         asked: Deeds::default(),
-        whole_until: None,
         is_plain: false,
         is_settled: false,
         expected: BTreeSet::new(),
         pending: BTreeSet::new(),
-        eager_pause: FIRST_PAUSE,
         fights: Fights::default(),
         last_remover: None,
         begun: Instant::now(),
         noted_at: Instant::now(),
         last_trouble: Vec::new(),
-        failures: 0,
     };
     let watchdog = state.service.watchdog();
     let mut alive_by = watchdog.map(|pause| Instant::now() + pause);
@@ -192,7 +160,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                 }
             }
             Event::Due if state.settle_by.is_some_and(|instant| instant <= Instant::now()) => state.settle().await,
-            Event::Due if state.asking.is_some() || Instant::now() < state.ask_at => state.look().await?,
+            Event::Due if state.asking.is_some() || Instant::now() < state.cadence.ask_at() => state.look().await?,
             Event::Due => state.ask().await?,
             Event::Reload => {
                 state.reload();
@@ -216,7 +184,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
 impl State<'_> {
     async fn next(&mut self, events: &mut Events, signals: &mut Signals, alive_by: Option<Instant>) -> Result<Event> {
         let retry_at = self.fights.next_end(self.begun.elapsed()).map(|end| self.begun + end);
-        let ask_at = Some(self.ask_at).filter(|_| self.asking.is_none());
+        let ask_at = Some(self.cadence.ask_at()).filter(|_| self.asking.is_none());
         let due = [retry_at, ask_at, self.settle_by].into_iter().flatten().min();
         let at = |instant: Option<Instant>| async move {
             match instant {
@@ -258,9 +226,8 @@ impl State<'_> {
                 None => Some(Surroundings::of(&self.netlink.observe().await?)),
             };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
-            let (config, deadline) = (self.options.config.clone(), Instant::now() + self.pace.timeout);
-            let is_recent = self.whole_until.is_some_and(|until| Instant::now() < until);
-            let known = self.reading.clone().filter(|_| is_recent && self.is_plain);
+            let (config, deadline) = (self.options.config.clone(), Instant::now() + self.cadence.timeout());
+            let known = self.reading.clone().filter(|_| self.is_plain && self.cadence.is_glance_enough());
             self.asking = Some(read(imds, endpoint, surroundings, known, config, deadline).boxed_local());
         }
         Ok(())
@@ -285,7 +252,7 @@ impl State<'_> {
                     self.ask().await?;
                 }
             }
-            Ok(true) if self.failures == 0 => {
+            Ok(true) if !self.cadence.is_failing() => {
                 self.settle_by.get_or_insert(Instant::now() + GRACE);
                 self.ask().await?;
             }
@@ -308,7 +275,7 @@ impl State<'_> {
                 let is_more = !expected.is_subset(&self.expected);
                 self.expected = expected;
                 if is_more {
-                    self.eager_pause = FIRST_PAUSE;
+                    self.cadence.be_eager();
                 }
                 is_more
             }
@@ -322,28 +289,24 @@ impl State<'_> {
     /// Settles what there is to settle by what was read, or by what was read before.
     async fn take(&mut self, (imds, result): Answer) {
         self.imds = imds;
-        let (pause, trouble) = match result {
+        let trouble = match result {
             Ok(reading) => {
-                self.failures = 0;
+                self.cadence.note_answer(reading.is_some());
                 // Nothing to settle, unless something has changed while it was asked.
                 let is_as_before = reading.is_none() && self.is_settled;
-                if reading.is_some() {
-                    self.whole_until = Some(Instant::now() + GLANCES);
-                }
                 self.reading = reading.or(self.reading.take());
                 self.known = self.asked;
                 if is_as_before {
                     self.note_still_so();
-                    self.ask_at = Instant::now() + self.eager_pause();
+                    self.ask_later();
                     return;
                 }
-                (None, None)
+                None
             }
             Err(error) => {
-                self.whole_until = None;
+                self.cadence.note_failure();
                 self.is_settled = false;
-                self.failures += 1;
-                (Some(pause_after_failures(self.failures, self.pace.interval)), Some(format!("{error:#}")))
+                Some(format!("{error:#}"))
             }
         };
         let wrong = self.make_agree().await;
@@ -352,30 +315,16 @@ impl State<'_> {
             self.say(wrong.into_iter().flatten().chain(trouble.map(Remark::from)).collect());
         }
         self.expects_more().await;
-        let pause = match pause {
-            Some(pause) => self.pause(pause),
-            // Another run has done something while it was asked.
-            None if self.deeds() != self.known => Duration::ZERO,
-            None => self.eager_pause(),
-        };
-        self.ask_at = Instant::now() + pause;
-    }
-
-    /// After an answer.
-    fn eager_pause(&mut self) -> Duration {
-        let pause = self.pause(self.pace.interval);
-        if self.expected.is_empty() {
-            return pause;
+        // Another run may have done something while it was asked.
+        match self.deeds() != self.known && !self.cadence.is_failing() {
+            true => self.cadence.ask_at_once(),
+            false => self.ask_later(),
         }
-        let eager = self.eager_pause.min(pause);
-        self.eager_pause = eager * 3 / 2;
-        eager
     }
 
-    /// So long, or longer if asking has cost much.
-    fn pause(&self, least: Duration) -> Duration {
-        let cost = if self.pace.is_thrifty { cpu_time().saturating_sub(self.cpu_before) } else { Duration::ZERO };
-        pause_after(least, cost)
+    fn ask_later(&mut self) {
+        let cost = cpu_time().saturating_sub(self.cpu_before);
+        self.cadence.ask_later(Instant::now(), cost, !self.expected.is_empty());
     }
 
     async fn settle(&mut self) {
@@ -408,7 +357,7 @@ impl State<'_> {
                 Some(wrong)
             }
             Ok(None) => {
-                if self.failures > 0 {
+                if self.cadence.is_failing() {
                     self.note_metrics(begun, None);
                 }
                 None
@@ -425,7 +374,7 @@ impl State<'_> {
         let Some(path) = &self.watch.metrics else { return };
         let exit = match report {
             // It is as metadata had it last, and whether that is still so is not known.
-            _ if self.failures > 0 => Exit::MetadataUnavailable,
+            _ if self.cadence.is_failing() => Exit::MetadataUnavailable,
             Some(report) => report.exit(),
             None => Exit::Failed,
         };
@@ -480,14 +429,15 @@ impl State<'_> {
         self.service.say(&format!("RELOADING=1\nMONOTONIC_USEC={}", since_boot_in_microseconds()));
         match (self.watch.reload)() {
             Ok((config, pace)) => {
-                (self.options.config, self.pace) = (config, pace);
+                self.options.config = config;
+                self.cadence.change(pace);
                 // It may not ask for what the configuration tells ENIs apart by.
                 self.asking = None;
             }
             Err(problems) => tracing::warn!("{}", problems.told("going on with the configuration from before")),
         }
         self.last_trouble.clear();
-        self.whole_until = None;
+        self.cadence.ask_for_all();
         self.is_settled = false;
     }
 }
@@ -553,17 +503,6 @@ fn told(error: &anyhow::Error) -> String {
     }
 }
 
-/// After so many answers in a row that did not come: soon at first, however rarely metadata is asked while it answers.
-fn pause_after_failures(failures: u32, interval: Duration) -> Duration {
-    let doubled = interval.min(policy::WATCH_INTERVAL).saturating_mul(1 << failures.saturating_sub(1).min(16));
-    doubled.min(LONGEST_PAUSE.max(interval))
-}
-
-/// From one asking to the next: long enough that asking is cheap, and not so rare that nobody would want to stay for it.
-fn pause_after(least: Duration, cost: Duration) -> Duration {
-    least.max((cost * RATIO).min(RAREST))
-}
-
 /// Time that this process has been on a CPU; zero where the kernel does not tell.
 fn cpu_time() -> Duration {
     let read = fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
@@ -573,49 +512,4 @@ fn cpu_time() -> Duration {
 /// `CLOCK_MONOTONIC` as systemd wants it, as near as `/proc/uptime` has it.
 fn since_boot_in_microseconds() -> u64 {
     since_boot().map_or(0, |milliseconds| milliseconds * 1000)
-}
-
-struct Signals {
-    stops: Vec<(&'static str, Signal)>,
-    reload: Signal,
-}
-
-impl Signals {
-    fn catch() -> Result<Signals, std::io::Error> {
-        let catch = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
-        let stops = vec![catch("SIGTERM", SignalKind::terminate())?, catch("SIGINT", SignalKind::interrupt())?];
-        Ok(Signals { stops, reload: signal(SignalKind::hangup())? })
-    }
-
-    async fn next(&mut self) -> Event {
-        let Signals { stops, reload } = self;
-        let reload = reload.recv().map(|_| Event::Reload).boxed_local();
-        let stops = stops.iter_mut().map(|(name, signal)| {
-            let name = *name;
-            signal.recv().map(move |_| Event::Stop(name)).boxed_local()
-        });
-        select_all(stops.chain([reload])).await.0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_does_not_answer_is_asked_again_soon_and_then_rarely() {
-        let seconds = |interval, failures| pause_after_failures(failures, Duration::from_secs(interval)).as_secs();
-        assert_eq!([1, 2, 5, 6, 99].map(|failures| seconds(2, failures)), [2, 4, 32, 60, 60]);
-        assert_eq!([1, 2, 5, 6, 99].map(|failures| seconds(300, failures)), [2, 4, 32, 64, 300]);
-        assert_eq!(pause_after_failures(1, Duration::from_millis(100)), Duration::from_millis(100));
-    }
-
-    #[test]
-    fn asking_that_costs_much_is_rare_but_not_too_rare() {
-        let least = Duration::from_secs(2);
-        for (cost, pause) in [(1, 2), (5, 5), (29, 10), (900, 10)] {
-            assert_eq!(pause_after(least, Duration::from_millis(cost)), Duration::from_secs(pause), "{cost} ms");
-        }
-        assert_eq!(pause_after(Duration::from_secs(600), Duration::from_secs(1)), Duration::from_secs(600));
-    }
 }
