@@ -45,7 +45,8 @@ impl Own {
             // A family that is lost as a whole has lost its subnet, too; by then the routes tell of it.
             let known: Vec<&IpNet> =
                 if told.is_empty() { of_family(&in_tables, prefix) } else { told.iter().collect() };
-            known.iter().any(|subnet| subnet.contains(prefix))
+            // Nor has a link on which IPv6 is turned off.
+            observed.can_have(link, prefix.family()) && known.iter().any(|subnet| subnet.contains(prefix))
         };
         let prefixes = observed.rules.iter().filter(is_prefix).filter_map(|rule| rule.from).filter(can_be_its);
         let leads_here =

@@ -523,6 +523,25 @@ fn what_metadata_gives_to_an_eni_that_cannot_have_it_stays_where_it_is() {
     });
 }
 
+/// Nor is anything kept there for want of proof: the kernel has taken away what the link had of IPv6, but for the rules.
+#[test]
+fn what_a_link_cannot_have_is_not_kept_for_want_of_proof() {
+    const PREFIX: &str = "network/interfaces/macs/02:00:00:00:00:02/ipv6-prefix";
+    inside(|| {
+        with_scenario("delegated-prefixes", |machine| {
+            machine.reconcile(0)?;
+            fs::write("/proc/sys/net/ipv6/conf/eth02/disable_ipv6", "1")?;
+            let mut told = read_leaves(&scenario("delegated-prefixes")?.folder.join("metadata.json"))?;
+            told.remove(PREFIX).context("no prefix")?;
+            machine.publish(told);
+            let run = machine.eniup("reconcile --automatic --timeout 300ms")?;
+            ensure!(run.exit == 0 && !run.stderr.contains("stays"), "{}: {}", run.exit, run.stderr);
+            ensure!(!ip("-6 rule show")?.contains("lookup 20001"), "{}", ip("-6 rule show")?);
+            machine.assert_settled()
+        })
+    });
+}
+
 /// A failover within the instance is done at once, by hand or not. One read that is older than it takes nothing back, while a
 /// way back that metadata keeps to is believed after ten seconds, and at once when the failover is long ago.
 #[test]

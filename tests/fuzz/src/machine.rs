@@ -1,5 +1,6 @@
 //! Machines on which others were at work, too: links, addresses, routes and rules of any sort that the kernel could have.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use arbitrary::Arbitrary;
@@ -141,6 +142,12 @@ impl Machine {
             observed.rules.retain(|rule| rule.family == Family::V4);
             observed.links.values_mut().for_each(|link| link.ipv6 = None);
         }
+        // Where IPv6 is turned off on a link, the kernel takes away what the link had of it.
+        let is_off = |link: &&Link| !observed.can_have(link, Family::V6);
+        let off: BTreeSet<u32> = observed.links.values().filter(is_off).map(|link| link.index).collect();
+        observed.addresses.retain(|(index, address)| address.net.addr().is_ipv4() || !off.contains(index));
+        let is_by_off = |index: &Option<u32>| index.is_some_and(|index| off.contains(&index));
+        observed.routes.retain(|(index, route)| route.destination.addr().is_ipv4() || !is_by_off(index));
         observed
     }
 }
