@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use crate::config::Config;
 use crate::eni::{Attached, Claim, Dispute, Eni, Reason};
-use crate::holdings::{Own, has_twin, keep_from_others, routes_of, stay_with};
+use crate::holdings::{Own, can_keep, has_twin, keep_from_others, routes_of, stay_with};
 use crate::net::{Address, Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind, Rule};
 use crate::policy;
 
@@ -238,8 +238,8 @@ pub fn stand_in_as_is(attached: &mut Attached, observed: &Observed, config: &Con
         };
         let ours = observed.routes.iter().filter(|(_, route)| is_ours(route));
         let links = ours.filter_map(|(index, _)| observed.links.get(&(*index)?));
-        // Where IPv6 is turned off on the link by now, another one has to.
-        for mac in links.filter(|link| observed.can_have(link, family)).filter_map(|link| link.mac) {
+        // One that cannot have it any more leaves that to another.
+        for mac in links.filter(|link| can_keep(link, family, observed)).filter_map(|link| link.mac) {
             attached.ready.entry(mac).and_modify(|eni| _ = eni.stands_in.insert(family));
         }
     }

@@ -176,6 +176,15 @@ fn put_back(eni: &mut Eni, source: IpNet, own: &Own) {
     }
 }
 
+/// Whether an ENI can have what is of this family on this link: it is its own, nobody's port, and IPv6 is not turned off on it.
+pub fn can_keep(link: &Link, family: Family, observed: &Observed) -> bool {
+    let is_twin = |other: &Link| other.index != link.index && other.mac == link.mac && policy::can_be_eni(other);
+    policy::can_be_eni(link)
+        && link.controller.is_none()
+        && observed.can_have(link, family)
+        && !observed.links.values().any(is_twin)
+}
+
 /// Whether another link has the same MAC. Which of them is the ENI's cannot be told, so nothing of it is done or undone.
 pub fn has_twin(link: &Link, links: &[&Link]) -> bool {
     links.iter().any(|other| other.index != link.index && other.mac == link.mac)

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::eni::{Attached, Eni, Reason, show_source};
-use crate::holdings::{Own, has_twin, keep_from_others, kept_apart_from, stay_with};
+use crate::holdings::{Own, can_keep, has_twin, keep_from_others, kept_apart_from, stay_with};
 use crate::net::{Family, HasFamily, Link, MacAddr, Observed, Route, RouteKind};
 use crate::policy;
 
@@ -223,7 +223,8 @@ fn only_defaults(observed: &Observed, config: &Config) -> Vec<(MacAddr, Family)>
         let in_main = observed.routes.iter().filter(|(_, route)| is_default(route));
         let (ours, of_others): (Vec<_>, Vec<_>) = in_main.partition(|(_, route)| policy::owns_route(config, route));
         let links = ours.into_iter().filter_map(|(index, _)| observed.links.get(&index?));
-        links.filter(|_| of_others.is_empty()).filter_map(|link| Some((link.mac?, family))).collect::<Vec<_>>()
+        let links = links.filter(|link| of_others.is_empty() && can_keep(link, family, observed));
+        links.filter_map(|link| Some((link.mac?, family))).collect::<Vec<_>>()
     };
     Family::BOTH.into_iter().flat_map(of_family).collect()
 }
@@ -297,8 +298,7 @@ fn is_anybodys(
     let disputed = ours.disputes.values().flatten().map(|dispute| dispute.source);
     let can_have = |mac: &MacAddr| {
         let mut of_eni = links.iter().filter(|link| link.mac == Some(*mac));
-        let link = of_eni.next().filter(|link| link.controller.is_none() && observed.can_have(link, source.family()));
-        link.is_some() && of_eni.next().is_none() && !still_left_alone.contains(mac)
+        of_eni.any(|link| can_keep(link, source.family(), observed)) && !still_left_alone.contains(mac)
     };
     let ready = ours.ready.iter().filter(|(mac, _)| can_have(mac));
     let ready = ready
