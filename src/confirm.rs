@@ -32,6 +32,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// stopped does not, and somebody may be cut off.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// For how long a rollback that fails is tried again, and how soon; half as long again each time.
+const PERSISTENCE: Duration = Duration::from_secs(60);
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
 /// A run that was made and waits for its confirmation.
 pub struct Guard {
     trial: Trial,
@@ -180,8 +185,28 @@ fn verdict(trial: &Trial, directory: &Path) -> Option<Verdict> {
     }
 }
 
-/// Rolls back, unless it is decided by the time that this has its turn.
+/// Rolls back, unless it is decided by the time that this has its turn. What fails is tried again: somebody may be cut off.
 async fn roll_back_alone(trial: &mut Trial, why: &str, options: &Options) -> Result<Verdict> {
+    let (begun, mut pause) = (Instant::now(), FIRST_PAUSE);
+    let mut told = String::new();
+    loop {
+        let error = match roll_back_now(trial, why, options).await {
+            Ok(verdict) => return Ok(verdict),
+            Err(error) if begun.elapsed() + pause >= PERSISTENCE => {
+                return Err(error.context("what was done is not rolled back yet: the next run of eniup tries it again"));
+            }
+            Err(error) => format!("{error:#}"),
+        };
+        if error != told {
+            tracing::warn!("rolling back is tried again: {error}");
+            told = error;
+        }
+        sleep(pause).await;
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+    }
+}
+
+async fn roll_back_now(trial: &mut Trial, why: &str, options: &Options) -> Result<Verdict> {
     let turn = lock::acquire(&options.directory, Instant::now() + PATIENCE).await;
     if let Err(error) = &turn {
         tracing::warn!("{error:#}; rolling back all the same");

@@ -92,6 +92,16 @@ impl Ledger {
         if self.primary.is_none_or(is_here) { self } else { empty() }
     }
 
+    /// After a release that leaves these links alone: what is noted of them, and nothing else.
+    pub fn only_of(mut self, links: &BTreeSet<u32>) -> Ledger {
+        self.links.retain(|index, _| links.contains(index));
+        self.addresses.retain(|(index, _)| links.contains(index));
+        match self.links.is_empty() && self.addresses.is_empty() {
+            true => Ledger::default(),
+            false => Ledger { notes: Notes::default(), troubles: BTreeMap::new(), ..self },
+        }
+    }
+
     /// With no note of this link.
     pub fn without(mut self, link: u32) -> Ledger {
         self.links.remove(&link);
@@ -99,14 +109,26 @@ impl Ledger {
         self
     }
 
+    /// Without notes of what is as it was found.
+    pub fn of_what_differs(&self, observed: &Observed) -> Ledger {
+        let mut ledger = self.clone();
+        ledger.links.retain(|index, found| match observed.links.get(index) {
+            Some(link) => {
+                found.keep_what_differs(link);
+                *found != Found::default()
+            }
+            None => false,
+        });
+        ledger.addresses.retain(|key| is_there(observed, key));
+        ledger
+    }
+
     /// The ledger after these steps, of which it must know before they are made.
     pub fn noting(&self, steps: &[Step], observed: &Observed) -> Ledger {
         let mut ledger = self.clone();
         ledger.links.retain(|index, _| observed.links.contains_key(index));
         // What somebody took away is not ours when somebody adds it again.
-        let there: BTreeSet<(u32, IpNet)> =
-            observed.addresses.iter().map(|(index, address)| (*index, address.net)).collect();
-        ledger.addresses.retain(|key| there.contains(key));
+        ledger.addresses.retain(|key| is_there(observed, key));
         for step in steps {
             match &step.operation {
                 Operation::SetLink { link, change } => {
@@ -186,6 +208,14 @@ impl Ledger {
 }
 
 impl Found {
+    fn keep_what_differs(&mut self, link: &Link) {
+        self.is_up = self.is_up.filter(|found| *found != link.is_up);
+        self.mtu = self.mtu.filter(|found| *found != link.mtu);
+        let accept_ra = link.ipv6.as_ref().map(|ipv6| ipv6.accept_ra);
+        self.accept_ra = self.accept_ra.filter(|found| Some(*found) != accept_ra);
+        self.altnames.retain(|name| link.altnames.contains(name));
+    }
+
     /// The first change of a setting counts: what is there later may be ours.
     pub fn note(&mut self, change: &LinkChange, before: &Link) {
         match change {
@@ -202,6 +232,10 @@ impl Found {
             LinkChange::Group(_) => {}
         }
     }
+}
+
+fn is_there(observed: &Observed, (link, net): &(u32, IpNet)) -> bool {
+    observed.addresses_on(*link).any(|address| address.net == *net)
 }
 
 fn path(directory: &Path) -> PathBuf {
@@ -254,13 +288,6 @@ pub fn load(directory: &Path) -> Ledger {
         None
     });
     known.unwrap_or_else(empty)
-}
-
-/// What it has noted of metadata that is not over by now (milliseconds since boot), without a word where it cannot be read: whoever
-/// has the turn tells.
-pub fn notes(directory: &Path, now: u64) -> Notes {
-    let known = read(directory).ok().flatten().map(|known| known.notes);
-    known.unwrap_or_default().until(now)
 }
 
 /// The ledger, with a new one put in the place of one that is not there or cannot be read, so that the log tells of it once.

@@ -55,29 +55,51 @@ pub struct Deeds {
     pub decisions: u64,
 }
 
+/// What has come before, in all turns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Past {
+    pub deeds: Deeds,
+    /// When the youngest reading of metadata ended by which a run has acted, or found nothing to do; in milliseconds since boot.
+    pub read: u64,
+}
+
 /// # Errors
 /// The file cannot be read. What is no number in it counts as none.
-pub fn deeds(directory: &Path) -> Result<Deeds> {
+pub fn past(directory: &Path) -> Result<Past> {
     let text = whole_file::read(&directory.join("lock"))?.unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let mut numbers = text.split_whitespace().map(|number| number.parse().unwrap_or_default());
-    Ok(Deeds { changes: numbers.next().unwrap_or_default(), decisions: numbers.next().unwrap_or_default() })
+    let mut next = || numbers.next().unwrap_or_default();
+    Ok(Past { deeds: Deeds { changes: next(), decisions: next() }, read: next() })
+}
+
+/// # Errors
+/// As for [`past`].
+pub fn deeds(directory: &Path) -> Result<Deeds> {
+    Ok(past(directory)?.deeds)
 }
 
 /// To be called by whoever has the turn, before changes are made.
 pub fn count_change(directory: &Path) {
-    count(directory, |deeds| Deeds { changes: deeds.changes.wrapping_add(1), ..deeds });
+    count(directory, |past| past.deeds.changes = past.deeds.changes.wrapping_add(1));
 }
 
 /// The same for a decision.
 pub fn count_decision(directory: &Path) {
-    count(directory, |deeds| Deeds { decisions: deeds.decisions.wrapping_add(1), ..deeds });
+    count(directory, |past| past.deeds.decisions = past.deeds.decisions.wrapping_add(1));
 }
 
-fn count(directory: &Path, more: impl FnOnce(Deeds) -> Deeds) {
-    let Deeds { changes, decisions } = more(deeds(directory).unwrap_or_default());
+/// The same for the end of a reading of all of metadata, in milliseconds since boot.
+pub fn count_reading(directory: &Path, ended: u64) {
+    count(directory, |past| past.read = ended);
+}
+
+fn count(directory: &Path, more: impl FnOnce(&mut Past)) {
+    let mut past = past(directory).unwrap_or_default();
+    more(&mut past);
+    let Past { deeds: Deeds { changes, decisions }, read } = past;
     // Of one length always, so that it can be written anew where nothing else can.
-    let text = format!("{changes:020} {decisions:020}\n");
+    let text = format!("{changes:020} {decisions:020} {read:020}\n");
     let file = File::options().write(true).open(directory.join("lock"));
     if let Err(error) = file.and_then(|file| file.write_all_at(text.as_bytes(), 0)) {
         tracing::warn!("cannot count what is done in {}/lock: {error}", directory.display());

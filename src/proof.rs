@@ -3,8 +3,6 @@
 //! is gone is proof at once; so is an address that metadata gives to another ENI by now, unless it has arrived a moment ago.
 
 use std::collections::{BTreeMap, BTreeSet};
-// A length of time, no clock.
-use core::time::Duration;
 use std::fmt;
 
 use ipnet::IpNet;
@@ -255,12 +253,6 @@ impl Notes {
 
 fn is_recent(since: u64, taken: Taken) -> bool {
     taken.begun < since.saturating_add(policy::ARRIVAL_DOUBT)
-}
-
-impl Taken {
-    pub fn duration(self) -> Duration {
-        Duration::from_millis(self.ended.saturating_sub(self.begun))
-    }
 }
 
 impl Judgement {

@@ -11,7 +11,7 @@ use crate::desired::{Desired, desired};
 use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
-use crate::lock::{self, Deeds, Turn};
+use crate::lock::{self, Deeds, Past, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Unusable};
 use crate::net::{MacAddr, Observed};
@@ -30,6 +30,12 @@ use crate::undo::{OVERDUE, last_trial, roll_back};
 /// Before a pending ENI is asked for again; half as long again each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long a turn may be in coming for what was read of metadata.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// How long reading all of metadata again may take while others are kept out.
+const QUICK: Duration = Duration::from_millis(500);
 
 /// Makes the kernel agree with metadata, waiting for pending ENIs until the deadline.
 ///
@@ -57,13 +63,13 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
         drop(take_turn(&mut netlink, options).await?);
     }
     // Nobody is kept waiting while metadata is read.
-    let before = Past::so_far(ledger::notes(&options.directory, since_boot()?), options)?;
+    let before = lock::past(&options.directory)?;
     let surroundings = Surroundings::of(&netlink.observe().await?);
     let mut imds = Imds::connect(options.endpoint.as_deref(), &surroundings, options.deadline).await?;
     let reading = Reading::take(&mut imds, &options.config).await?;
-    let whole_takes = reading.taken.duration();
-    let (mut turn, mut ledger, mut reading) =
-        turn_with(reading, before, whole_takes, &mut netlink, &mut imds, options).await?;
+    let (mut turn, mut ledger, mut reading) = turn_with(reading, before, &mut netlink, &mut imds, options).await?;
+    // Once for each run: two that wait beside each other would make each other read all, again and again.
+    lock::count_reading(&options.directory, reading.taken.ended);
     let mut report = Report::default();
     let mut pause = FIRST_PAUSE;
     loop {
@@ -87,14 +93,14 @@ async fn reconcile_noting(options: &Options, mut trial: Option<&mut Trial>) -> R
             tracing::info!(eni = report::id(eni), state, reason = trouble.why, "waiting for {eni}: {}", trouble.why);
         }
         // Others may act meanwhile.
-        let before = Past::so_far(ledger.notes.clone(), options);
+        let before = lock::past(&options.directory);
         drop(turn);
         sleep_until(Instant::now() + pause).await;
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
         let notes = &ledger.notes;
         let again = async {
             let reading = reading.again(&mut imds, &attached, notes, options.deadline, &options.config).await?;
-            turn_with(reading, before?, whole_takes, &mut netlink, &mut imds, options).await
+            turn_with(reading, before?, &mut netlink, &mut imds, options).await
         };
         (turn, ledger, reading) = match again.await {
             Ok(again) => again,
@@ -116,51 +122,57 @@ async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Le
     Ok((turn, ledger))
 }
 
-/// What was done in all turns, and what metadata has told in them that is to be remembered.
-#[derive(PartialEq)]
-struct Past {
-    deeds: Deeds,
-    notes: Notes,
-}
-
-impl Past {
-    fn so_far(notes: Notes, options: &Options) -> Result<Past> {
-        // Where a ledger is lost, the first turn notes when; nobody has learnt anything by that.
-        let notes = Notes { unknown_before: None, ..notes };
-        Ok(Past { deeds: lock::deeds(&options.directory)?, notes })
-    }
-}
-
-/// A turn for what was read without one, since then; where another run has done or noted anything meanwhile, with all of it read anew, since
-/// that may follow from what is newer.
+/// A turn for what was read without one. Where another run has done anything meanwhile, or has read what is younger, or the turn was
+/// long in coming, with all of it read anew: the machine may follow from what is newer, and metadata say something else. That is done
+/// within the turn, or others would overtake it again and again; a service that does not answer soon keeps nobody out.
 ///
 /// # Errors
-/// As for [`take_turn`], and [`InTheWay`]: somebody has decided otherwise meanwhile, or it cannot be read anew.
+/// As for [`take_turn`], and [`InTheWay`]: somebody has decided otherwise meanwhile, or it cannot be read anew until the deadline.
 async fn turn_with(
-    reading: Reading,
-    before: Past,
-    whole_takes: Duration,
+    mut reading: Reading,
+    mut before: Past,
     netlink: &mut Netlink,
     imds: &mut Imds,
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
-    let (turn, ledger) = take_turn(netlink, options).await?;
-    let now = Past::so_far(ledger.notes.clone(), options)?;
-    if now == before {
-        return Ok((turn, ledger, reading));
+    let decisions = before.deeds.decisions;
+    loop {
+        let asked = Instant::now();
+        let (turn, ledger) = take_turn(netlink, options).await?;
+        let now = lock::past(&options.directory)?;
+        if now.deeds.decisions != decisions {
+            return Err(InTheWay::Decided.into());
+        }
+        // A note of the future is of another boot.
+        let is_younger = |read: u64| reading.taken.begun < read && since_boot().is_ok_and(|now| read <= now);
+        let is_overtaken = now.deeds != before.deeds || now.read != before.read && is_younger(now.read);
+        if !is_overtaken && asked.elapsed() <= FRESH {
+            return Ok((turn, ledger, reading));
+        }
+        before = now;
+        if let Some(again) = read_anew(&reading, imds, options.deadline.min(Instant::now() + QUICK), options).await {
+            return Ok((turn, ledger, again));
+        }
+        drop(turn);
+        reading = read_anew(&reading, imds, options.deadline, options).await.ok_or(InTheWay::Overtaken)?;
     }
-    if now.deeds.decisions != before.deeds.decisions {
-        return Err(InTheWay::Decided.into());
-    }
-    // What cannot be read for want of time would pass for pending.
-    if Instant::now() + whole_takes * 2 > options.deadline {
-        return Err(InTheWay::Overtaken("the time does not suffice to read all of metadata again").into());
-    }
-    let again = Reading::take(imds, &options.config).await?;
-    if again.lacks_what_is_known_by(&reading) {
-        return Err(InTheWay::Overtaken("not all of metadata can be read again").into());
-    }
-    Ok((turn, ledger, again))
+}
+
+/// All of metadata, until it tells at least what was known; none where it does not in time, since what cannot be read for want of time
+/// would pass for pending.
+async fn read_anew(known: &Reading, imds: &mut Imds, deadline: Instant, options: &Options) -> Option<Reading> {
+    let mut pause = FIRST_PAUSE;
+    imds.end_by(deadline);
+    let again = loop {
+        match Reading::take(imds, &options.config).await {
+            Ok(again) if !again.lacks_what_is_known_by(known) => break Some(again),
+            Ok(_) | Err(_) if Instant::now() + pause < deadline => sleep_until(Instant::now() + pause).await,
+            Ok(_) | Err(_) => break None,
+        }
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+    };
+    imds.end_by(options.deadline);
+    again
 }
 
 /// Everything is decided from which ENI is the primary, so a snapshot that names another one than before is not believed, however
@@ -257,9 +269,11 @@ pub async fn settle_again(
     options: &Options,
 ) -> Result<Option<Report>> {
     let (_turn, mut ledger) = take_turn(netlink, options).await?;
-    if lock::deeds(&options.directory)? != *known {
+    let past = lock::past(&options.directory)?;
+    if past.deeds != *known {
         return Ok(None);
     }
+    lock::count_reading(&options.directory, reading.taken.ended.max(past.read));
     let settled = settle(netlink, &mut ledger, reading, options, None).await;
     // Whatever was done meanwhile was done by this run.
     *known = lock::deeds(&options.directory)?;

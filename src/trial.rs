@@ -233,8 +233,8 @@ pub enum InTheWay {
     RolledBack(String),
     /// It was a release, or on trial, while this one read metadata.
     Decided,
-    /// It has changed something while this one read metadata, which cannot be read once more, for this reason.
-    Overtaken(&'static str),
+    /// It has changed something since this one read metadata, or that is long ago, and it cannot be read once more.
+    Overtaken,
 }
 
 impl fmt::Display for InTheWay {
@@ -253,9 +253,11 @@ impl fmt::Display for InTheWay {
             InTheWay::Decided => {
                 write!(f, "meanwhile somebody has released what was done, or made a run on trial, so this one ends")
             }
-            InTheWay::Overtaken(why) => {
-                write!(f, "another run has changed something meanwhile, and {why}, so this one ends")
-            }
+            InTheWay::Overtaken => write!(
+                f,
+                "what this run has read of metadata may be out of date, as another run was at work meanwhile, and not all of it \
+                 could be read again in time"
+            ),
         }
     }
 }

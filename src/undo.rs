@@ -15,7 +15,8 @@ use crate::release::{Share, release};
 use crate::report::Report;
 use crate::rollback::rollback;
 use crate::run::{Options, ROUNDS, SETTLING, carry_out, keep, observe_settled, unsettled};
-use crate::trial::{self, Trial};
+use crate::selection::ignored_links;
+use crate::trial::{self, InTheWay, Standing, Trial};
 use crate::typo;
 
 /// The last trial of this machine. The lock has to be held as long as anything is done about it.
@@ -40,6 +41,31 @@ async fn end_trial(netlink: &mut Netlink, options: &Options) -> Result<()> {
     }
 }
 
+/// What is one ENI's decides nothing about the rest of what a run on trial has done. The lock has to be held.
+///
+/// # Errors
+/// No netlink, or [`InTheWay`]: it can still be confirmed.
+async fn ensure_no_trial(netlink: &mut Netlink, options: &Options) -> Result<()> {
+    let Some(trial) = last_trial(netlink, options).await? else { return Ok(()) };
+    match trial.standing(since_boot()?) {
+        Standing::Waits(left) => Err(InTheWay::Waits(left).into()),
+        Standing::Overdue | Standing::RolledBack(_) | Standing::Confirmed | Standing::Superseded => Ok(()),
+    }
+}
+
+/// Whether an earlier run's trial was to be rolled back, and is by now. The lock has to be held.
+///
+/// # Errors
+/// As for [`roll_back`].
+async fn is_rolled_back_now(netlink: &mut Netlink, options: &Options) -> Result<bool> {
+    let Some(mut trial) = last_trial(netlink, options).await? else { return Ok(false) };
+    let is_overdue = trial.standing(since_boot()?) == Standing::Overdue;
+    if is_overdue {
+        roll_back(&mut trial, OVERDUE, netlink, options).await?;
+    }
+    Ok(is_overdue)
+}
+
 /// Why a trial is rolled back by another run.
 pub const OVERDUE: &str = "an earlier run was not confirmed in time";
 
@@ -60,6 +86,9 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
         let plan = rollback(&trial.before, &observed, &options.config);
         if plan.steps.is_empty() {
             plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
+            // Whatever is changed from now on is changed by others.
+            let noted = ledger.of_what_differs(&observed);
+            keep(&mut ledger, noted, options);
             break;
         }
         if round == ROUNDS {
@@ -92,21 +121,30 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
     let mut report = Report::default();
     let mut failures = Vec::new();
     // Found once: its name goes with the rest.
-    let share = share(eni, &netlink.observe().await?, &options.config)?;
+    let mut share = share(eni, &netlink.observe().await?, &options.config)?;
+    if share.is_some() && is_rolled_back_now(&mut netlink, options).await? {
+        share = self::share(eni, &netlink.observe().await?, &options.config)?;
+    }
     for round in 0.. {
         let (plan, ledger) = what_is_ours(&mut netlink, share.as_ref(), options).await?;
         // Of all that is ours also what a run on trial has taken away must not come back.
         if round == 0 && (share.is_none() || !plan.steps.is_empty()) {
             // As late as can be, or a release that fails would have ended it for nothing; but before anything is taken away,
             // or a rollback would bring some of it back.
-            end_trial(&mut netlink, options).await?;
+            match share {
+                Some(_) => ensure_no_trial(&mut netlink, options).await?,
+                None => end_trial(&mut netlink, options).await?,
+            }
             lock::count_decision(&options.directory);
         }
         if plan.steps.is_empty() {
             report.unsettled = plan.notes;
             // What stays has to be known as ours to the one who comes back for it, and an old kernel does not tell.
             if report.unsettled.is_empty() {
-                let left = share.map_or_else(Ledger::default, |share| ledger.without(share.link));
+                let left = match share {
+                    Some(share) => ledger.without(share.link),
+                    None => ledger.only_of(&ignored_links(&netlink.observe().await?, &options.config)),
+                };
                 ledger::save(&left, &options.directory);
             }
             return Ok(report);

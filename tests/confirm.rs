@@ -5,6 +5,7 @@
 mod generated;
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -27,11 +28,12 @@ use eniup::rollback::{Before, rollback};
 use eniup::trial::Trial;
 use generated::{Host, others, vpc};
 use support::machine::{
-    Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
+    Kernel, Machine, difference, inside, ip, on_a_machine, read_leaves, scenario, with_scenario, with_two_enis,
 };
 use support::moments::{arrange, observe, settled_dump, with_netlink};
 use support::{Scenario, apply, check, plan_for, scenarios};
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
+use vpc_lab::interposer::{Datagram, messages};
 use vpc_lab::lab::{Distribution, Lab};
 use vpc_lab::vpc::{CreateEni, Port};
 
@@ -511,6 +513,106 @@ fn a_release_that_takes_nothing_away_does_not_end_a_run_on_trial() {
             guard.ends(1, "ended by SIGTERM")?;
             assert_same(&found, "after the rollback")
         })
+    });
+}
+
+/// Metadata in which the second ENI can be named.
+fn with_a_long_id() -> Result<BTreeMap<String, String>> {
+    let mut told = read_leaves(&scenario("two-subnets-dual-stack")?.folder.join("metadata.json"))?;
+    told.insert("network/interfaces/macs/02:00:00:00:00:02/interface-id".into(), "eni-0000000b".into());
+    Ok(told)
+}
+
+/// Of another ENI, which has nothing to do with it: what is one ENI's decides nothing about the rest.
+#[test]
+fn a_release_of_one_eni_does_not_end_a_run_on_trial() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let mut told = with_a_long_id()?;
+            machine.publish(told.clone());
+            machine.reconcile(0)?;
+            let list = "network/interfaces/macs/02:00:00:00:00:01/local-ipv4s";
+            *told.get_mut(list).context("no list")? += "\n10.0.0.77";
+            machine.publish(told);
+            let found = settled_dump()?;
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            says(machine, "release --eni eni-0000000b", 75, "waits for its confirmation")?;
+            guard.signal(libc::SIGTERM);
+            guard.ends(1, "ended by SIGTERM")?;
+            assert_same(&found, "after the rollback")?;
+            // Nor does it what was rolled back.
+            says(machine, "release --eni eni-0000000b", 0, "")?;
+            says(machine, "reconcile --automatic", 75, "was rolled back")
+        })
+    });
+}
+
+/// One that was not confirmed in time, and whose process is gone, is rolled back before.
+#[test]
+fn a_release_of_one_eni_rolls_back_what_is_overdue() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.publish(with_a_long_id()?);
+            machine.reconcile(0)?;
+            ip("addr del 10.0.1.21/32 dev eth02")?;
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            guard.signal(libc::SIGKILL);
+            let_it_be_overdue(machine)?;
+            says(machine, "release --eni eni-0000dead", 1, "no link is called")?;
+            says(machine, "release --eni eni-0000000b", 0, "")?;
+            ensure!(!ip("addr show eth02")?.contains("10.0.1.2"), "it is not released");
+            says(machine, "confirm", 1, "was rolled back")
+        })
+    });
+}
+
+/// The kernel's answers cannot be used for a while in the moment of the rollback.
+#[test]
+fn a_rollback_that_fails_is_tried_again() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let found = settled_dump()?;
+            let trial = machine.directory.join("trial.json");
+            let mut begun: Option<Instant> = None;
+            let between = |datagram: Datagram| {
+                if begun.is_none() && trial.exists() {
+                    begun = Some(Instant::now());
+                }
+                let since = begun.map_or(Duration::ZERO, |begun| begun.elapsed());
+                if let Datagram::Told(bytes) = datagram
+                    && (Duration::from_millis(1500)..Duration::from_millis(4000)).contains(&since)
+                {
+                    for mut message in messages(bytes) {
+                        let flags = message.flags();
+                        message.set_flags(flags | libc::NLM_F_DUMP_INTR as u16);
+                    }
+                }
+                Ok(())
+            };
+            let run = machine.eniup_with(between, "reconcile --confirm 2 --timeout 5s")?;
+            ensure!(run.exit == 1 && run.stderr.contains("is tried again"), "{}: {}", run.exit, run.stderr);
+            assert_same(&found, "after the rollback")
+        })
+    });
+}
+
+/// What a link is like after a rollback is nobody's doing but its administrator's.
+#[test]
+fn what_is_set_after_a_rollback_stays_after_a_release() {
+    inside(|| {
+        for kernel in [Kernel::Own, Kernel::Old] {
+            with_two_enis(|machine| {
+                machine.kernel = kernel;
+                says(machine, "reconcile --confirm 1 --timeout 5s", 1, "rolled back")?;
+                ip("link set eth02 mtu 1400 up")?;
+                ip("link property add dev eth02 altname device-number-1")?;
+                ip("addr add 10.0.1.21/32 dev eth02 noprefixroute")?;
+                let set = settled_dump()?;
+                says(machine, "release", 0, "")?;
+                assert_same(&set, "after a release")
+            })?;
+        }
+        Ok(())
     });
 }
 

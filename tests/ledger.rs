@@ -169,6 +169,33 @@ fn on_a_kernel_that_forgets_the_mark_of_addresses_one_that_took_the_place_of_our
     });
 }
 
+/// A release beside it leaves it alone, and knows what is to be put back when that is over.
+#[test]
+fn what_is_noted_of_an_ignored_eni_is_known_after_a_release_of_the_rest() {
+    inside(|| {
+        for kernel in [Kernel::Own, Kernel::Old] {
+            with_two_enis(|machine| {
+                machine.kernel = kernel;
+                let found = settled_dump()?;
+                machine.reconcile(0)?;
+                machine.configure("[[ignore]]\nmac = '02:00:00:00:00:02'\n")?;
+                let beside = machine.eniup("release")?;
+                ensure!(beside.exit == 0, "{}: {}", beside.exit, beside.stderr);
+                ensure!(ip("addr show eth02")?.contains("10.0.1.20/24"), "what is ignored is gone");
+                machine.configure("")?;
+                let release = machine.eniup("release")?;
+                ensure!(release.exit == 0, "{}: {}", release.exit, release.stderr);
+                let difference = difference(&found, &settled_dump()?);
+                ensure!(difference.is_empty(), "{kernel:?}:\n{difference}");
+                let left = fs::read_to_string(path(machine))?;
+                ensure!(!left.contains("altnames"), "what is put back is noted still: {left}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
 /// There is no ::1 then, whose mark tells that the kernel keeps marks.
 #[test]
 fn without_ipv6_an_address_that_took_the_place_of_ours_is_not_ours() {

@@ -7,14 +7,17 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use eniup::net::Observed;
 use eniup::netlink::apply::Outcome;
 use eniup::plan::Step;
 use support::machine::{Machine, Run, command, difference, inside, ip, on_a_machine, scenario, with_two_enis};
 use support::moments::{arrange, observe, settled_dump, with_netlink};
 use support::plan_for;
+use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 use vpc_lab::interposer::{Datagram, Message, messages};
 
 /// Plans, lets something happen, and carries out what was planned; the outcomes, and what the kernel had in between.
@@ -333,6 +336,55 @@ fn interrupt(datagram: &mut [u8]) {
     for mut message in messages(datagram) {
         message.set_flags(message.flags() | libc::NLM_F_DUMP_INTR as u16);
     }
+}
+
+/// Asks this process's child with this argument to end.
+fn end_child(argument: &str) -> Result<()> {
+    let parent = format!("\nPPid:\t{}\n", std::process::id());
+    for entry in fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let Some(number) = path.file_name().and_then(|name| name.to_str()?.parse().ok()) else { continue };
+        let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
+        if read("status").contains(&parent) && read("cmdline").split('\0').any(|word| word == argument) {
+            // SAFETY: it is this process's child, and nobody has waited for it as long as it is listed.
+            unsafe { libc::kill(number, libc::SIGTERM) };
+            return Ok(());
+        }
+    }
+    bail!("it has ended by itself")
+}
+
+/// While metadata does not answer either: `watch` looks for the way to it in what the kernel has.
+#[test]
+fn watch_stays_though_no_dump_can_be_used_for_a_while() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let silent = Rule::new("*", Occurrences::Always, Action::Status(503));
+            machine.service.set_faults(Faults { rules: vec![silent], ..Faults::default() });
+            let begun = Instant::now();
+            let mut interrupted = 0;
+            let between = |datagram: Datagram| {
+                if let Datagram::Told(told) = datagram {
+                    if begun.elapsed() < Duration::from_secs(3) {
+                        interrupt(told);
+                        interrupted += 1;
+                    } else {
+                        machine.service.set_faults(Faults::default());
+                    }
+                }
+                Ok(())
+            };
+            let ends_it = thread::spawn(|| {
+                thread::sleep(Duration::from_secs(8));
+                end_child("watch")
+            });
+            let run = machine.eniup_with(between, "watch --interval 100ms --timeout 300ms")?;
+            ends_it.join().expect("it has not panicked")?;
+            ensure!(run.exit == 0 && run.stderr.contains("were each interrupted"), "{}: {}", run.exit, run.stderr);
+            ensure!(interrupted > 50, "only {interrupted} datagrams were interrupted");
+            machine.assert_settled()
+        })
+    });
 }
 
 #[test]

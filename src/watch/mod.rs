@@ -140,7 +140,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
     let watchdog = state.service.watchdog();
     let mut alive_by = watchdog.map(|pause| Instant::now() + pause);
     let mut is_ready = false;
-    state.ask().await?;
+    state.ask().await;
     loop {
         match state.next(&mut events, &mut signals, alive_by).await? {
             Event::Changed => {
@@ -151,7 +151,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                     // Of one that has ended by now nothing is known, and not that it was the one before.
                     state.last_remover = process(port);
                 }
-                state.look().await?;
+                state.look().await;
             }
             Event::Read(answer) => {
                 state.take(*answer).await;
@@ -160,12 +160,12 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
                 }
             }
             Event::Due if state.settle_by.is_some_and(|instant| instant <= Instant::now()) => state.settle().await,
-            Event::Due if state.asking.is_some() || Instant::now() < state.cadence.ask_at() => state.look().await?,
-            Event::Due => state.ask().await?,
+            Event::Due if state.asking.is_some() || Instant::now() < state.cadence.ask_at() => state.look().await,
+            Event::Due => state.ask().await,
             Event::Reload => {
                 state.reload();
                 events.ours_has(state.options.config.mark);
-                state.ask().await?;
+                state.ask().await;
                 state.service.say("READY=1");
             }
             Event::Watchdog => {
@@ -217,20 +217,27 @@ impl State<'_> {
     }
 
     /// Begins to ask metadata, unless it is being asked.
-    async fn ask(&mut self) -> Result<()> {
+    async fn ask(&mut self) {
         if self.asking.is_none() {
             self.cpu_before = cpu_time();
             self.asked = self.deeds();
             let surroundings = match self.imds {
                 Some(_) => None,
-                None => Some(Surroundings::of(&self.netlink.observe().await?)),
+                None => match self.netlink.observe().await {
+                    Ok(observed) => Some(Surroundings::of(&observed)),
+                    Err(error) => {
+                        self.say(vec![format!("{error:#}").into()]);
+                        self.cadence.note_failure();
+                        self.ask_later();
+                        return;
+                    }
+                },
             };
             let (imds, endpoint) = (self.imds.take(), self.options.endpoint.clone());
             let (config, deadline) = (self.options.config.clone(), Instant::now() + self.cadence.timeout());
             let known = self.reading.clone().filter(|_| self.is_plain && self.cadence.is_glance_enough());
             self.asking = Some(read(imds, endpoint, surroundings, known, config, deadline).boxed_local());
         }
-        Ok(())
     }
 
     /// What was done in all turns. Who cannot read it cannot have a turn either, and does nothing.
@@ -241,29 +248,28 @@ impl State<'_> {
     /// Whether something is to be done by what metadata said last. If so it is asked once more; but a service that did not answer
     /// last time is not waited for. Where another run has done something since, that may follow from something newer, so nothing is
     /// done before there is an answer.
-    async fn look(&mut self) -> Result<()> {
+    async fn look(&mut self) {
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
-        let Some(reading) = &self.reading else { return Ok(()) };
+        let Some(reading) = &self.reading else { return };
         let deeds = self.deeds();
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
             Ok(_) if deeds != self.known => {
                 // Once for each deed: who does not answer is not asked again by every change.
                 if deeds != self.asked {
-                    self.ask().await?;
+                    self.ask().await;
                 }
             }
             Ok(true) if !self.cadence.is_failing() => {
                 self.settle_by.get_or_insert(Instant::now() + GRACE);
-                self.ask().await?;
+                self.ask().await;
             }
             Ok(true) => self.settle().await,
             Ok(false) => {}
             Err(error) => self.say(vec![format!("{error:#}").into()]),
         }
         if self.expects_more().await {
-            self.ask().await?;
+            self.ask().await;
         }
-        Ok(())
     }
 
     /// Whether metadata is expected to tell of something of which it was not before.
