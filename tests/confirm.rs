@@ -561,7 +561,7 @@ fn a_release_of_one_eni_rolls_back_what_is_overdue() {
             says(machine, "release --eni eni-0000dead", 1, "no link is called")?;
             says(machine, "release --eni eni-0000000b", 0, "")?;
             ensure!(!ip("addr show eth02")?.contains("10.0.1.2"), "it is not released");
-            says(machine, "confirm", 1, "was rolled back")
+            says(machine, "confirm", 1, "nothing to confirm: the run was rolled back")
         })
     });
 }
