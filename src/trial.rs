@@ -242,7 +242,7 @@ impl fmt::Display for InTheWay {
         match self {
             InTheWay::Waits(left) => write!(
                 f,
-                "nothing was done: a run waits for its confirmation, for {} s at most; `eniup confirm` keeps what it did",
+                "nothing is done: a run waits for its confirmation, for {} s at most; `eniup confirm` keeps what it did",
                 left.as_secs() + 1
             ),
             InTheWay::RolledBack(why) => write!(

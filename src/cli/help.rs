@@ -112,7 +112,7 @@ Examples:
   sudo eniup release --eni eni-0123456789abcdef0   that of one ENI, before the configuration ignores it
 
 Exit codes:
-  0 ok   1 something could not be taken away   75 another run is busy   77 needs CAP_NET_ADMIN";
+  0 ok   1 something could not be taken away   75 another run is busy, or on trial (--eni)   77 needs CAP_NET_ADMIN";
 
 pub(super) const COMPLETIONS: &str = "\
 Examples:
