@@ -166,8 +166,8 @@ async fn read_anew(known: &Reading, imds: &mut Imds, deadline: Instant, options:
     let again = loop {
         match Reading::take(imds, &options.config).await {
             Ok(again) if !again.lacks_what_is_known_by(known) => break Some(again),
-            Ok(_) | Err(_) if Instant::now() + pause < deadline => sleep_until(Instant::now() + pause).await,
-            Ok(_) | Err(_) => break None,
+            Ok(_) | Err(_) if Instant::now() >= deadline => break None,
+            Ok(_) | Err(_) => sleep_until(deadline.min(Instant::now() + pause)).await,
         }
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
     };
