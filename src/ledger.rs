@@ -109,6 +109,14 @@ impl Ledger {
         self
     }
 
+    /// As it was before a run that is undone by now: with these notes of links, and none of addresses that are not there.
+    pub fn with_links(&self, links: &BTreeMap<u32, Found>, observed: &Observed) -> Ledger {
+        let mut ledger = Ledger { links: links.clone(), ..self.clone() };
+        ledger.links.retain(|index, _| observed.links.contains_key(index));
+        ledger.addresses.retain(|key| is_there(observed, key));
+        ledger
+    }
+
     /// Without notes of what is as it was found.
     pub fn of_what_differs(&self, observed: &Observed) -> Ledger {
         let mut ledger = self.clone();

@@ -107,6 +107,15 @@ impl Reading {
         Ok(Reading { all: metadata::attached(&tree)?, tree, unread, taken })
     }
 
+    /// All of metadata read again, with what is known of ENIs that cannot be read any more; none where it lacks more than that.
+    ///
+    /// # Errors
+    /// As for [`Reading::take`].
+    pub async fn anew(&self, imds: &mut Imds, config: &Config) -> Result<Option<Reading>> {
+        let again = Reading::take(imds, config).await?.with_enis_known_by(self)?;
+        Ok(Some(again).filter(|again| !again.lacks_what_is_known_by(self)))
+    }
+
     fn why_unread(&self, mac: MacAddr) -> Reason {
         match self.all.pending.get(&mac).map(|pending| &pending.reason) {
             Some(reason @ Reason::Unknown { .. }) => reason.clone(),

@@ -11,7 +11,7 @@ use crate::desired::{Desired, desired};
 use crate::eni::Attached;
 use crate::imds::{Imds, Scope, Surroundings};
 use crate::ledger::{self, Ledger, Noted};
-use crate::lock::{self, Deeds, Past, Turn};
+use crate::lock::{self, Past, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Unusable};
 use crate::net::{MacAddr, Observed};
@@ -123,8 +123,9 @@ async fn take_turn(netlink: &mut Netlink, options: &Options) -> Result<(Turn, Le
 }
 
 /// A turn for what was read without one. Where another run has done anything meanwhile, or has read what is younger, or the turn was
-/// long in coming, with all of it read anew: the machine may follow from what is newer, and metadata say something else. That is done
-/// within the turn, or others would overtake it again and again; a service that does not answer soon keeps nobody out.
+/// long in coming, with all of it read anew: the machine may follow from what is newer, and metadata say something else. First that is
+/// done without the turn, as nobody is to be kept out by a service that is silent by now; then within it for a moment, or one of many
+/// runs would be overtaken again and again.
 ///
 /// # Errors
 /// As for [`take_turn`], and [`InTheWay`]: somebody has decided otherwise meanwhile, or it cannot be read anew until the deadline.
@@ -136,6 +137,7 @@ async fn turn_with(
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
     let decisions = before.deeds.decisions;
+    let mut was_overtaken = false;
     loop {
         let asked = Instant::now();
         let (turn, ledger) = take_turn(netlink, options).await?;
@@ -149,30 +151,38 @@ async fn turn_with(
         if !is_overtaken && asked.elapsed() <= FRESH {
             return Ok((turn, ledger, reading));
         }
-        before = now;
-        if let Some(again) = read_anew(&reading, imds, options.deadline.min(Instant::now() + QUICK), options).await {
+        if std::mem::replace(&mut was_overtaken, true)
+            && let Ok(again) =
+                read_anew(&reading, imds, options.deadline.min(Instant::now() + QUICK), &options.config).await
+        {
+            imds.end_by(options.deadline);
             return Ok((turn, ledger, again));
         }
+        before = now;
         drop(turn);
-        reading = read_anew(&reading, imds, options.deadline, options).await.ok_or(InTheWay::Overtaken)?;
+        reading = read_anew(&reading, imds, options.deadline, &options.config).await?;
     }
 }
 
-/// All of metadata, until it tells at least what was known; none where it does not in time, since what cannot be read for want of time
-/// would pass for pending.
-async fn read_anew(known: &Reading, imds: &mut Imds, deadline: Instant, options: &Options) -> Option<Reading> {
+/// All of metadata, as soon as it tells at least what was known.
+///
+/// # Errors
+/// Metadata does not answer, or does not tell all that was known, until the deadline.
+async fn read_anew(known: &Reading, imds: &mut Imds, deadline: Instant, config: &Config) -> Result<Reading> {
     let mut pause = FIRST_PAUSE;
     imds.end_by(deadline);
-    let again = loop {
-        match Reading::take(imds, &options.config).await {
-            Ok(again) if !again.lacks_what_is_known_by(known) => break Some(again),
-            Ok(_) | Err(_) if Instant::now() >= deadline => break None,
+    loop {
+        let again = known.anew(imds, config).await;
+        // What cannot be read for want of time would pass for pending.
+        let is_late = Instant::now() >= deadline;
+        match again {
+            Ok(Some(again)) if !is_late => return Ok(again),
+            Ok(_) if is_late => return Err(InTheWay::Overtaken.into()),
+            Err(error) if is_late => return Err(error),
             Ok(_) | Err(_) => sleep_until(deadline.min(Instant::now() + pause)).await,
         }
         pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-    };
-    imds.end_by(options.deadline);
-    again
+    }
 }
 
 /// Everything is decided from which ENI is the primary, so a snapshot that names another one than before is not believed, however
@@ -257,26 +267,29 @@ pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config)
 }
 
 /// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn. `known` is what was
-/// done in all turns before that reading. Nothing is done, and none returned, where another run has done something since: it may
-/// follow from what is newer.
+/// done and read in all turns before that reading. Nothing is done, and none returned, where another run has done or read something
+/// since: it may be newer.
 ///
 /// # Errors
 /// As for [`reconcile`], metadata apart.
 pub async fn settle_again(
     netlink: &mut Netlink,
     reading: &Reading,
-    known: &mut Deeds,
+    known: &mut Past,
     options: &Options,
 ) -> Result<Option<Report>> {
     let (_turn, mut ledger) = take_turn(netlink, options).await?;
-    let past = lock::past(&options.directory)?;
-    if past.deeds != *known {
+    if lock::past(&options.directory)? != *known {
         return Ok(None);
     }
-    lock::count_reading(&options.directory, reading.taken.ended.max(past.read));
+    let notes = ledger.notes.clone();
     let settled = settle(netlink, &mut ledger, reading, options, None).await;
+    // Two that stay would otherwise have each other ask again and again.
+    if ledger.notes != notes {
+        lock::count_reading(&options.directory, reading.taken.ended.max(known.read));
+    }
     // Whatever was done meanwhile was done by this run.
-    *known = lock::deeds(&options.directory)?;
+    *known = lock::past(&options.directory)?;
     Ok(Some(settled?.0))
 }
 
@@ -379,7 +392,7 @@ async fn converge(
         }
         match &mut trial {
             Some(trial) => {
-                trial.note(&plan.steps, &observed, &options.directory)?;
+                trial.note(&plan.steps, &observed, ledger, &options.directory)?;
                 lock::count_decision(&options.directory);
             }
             None => lift_hold(netlink, options).await?,

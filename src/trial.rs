@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::boot;
+use crate::ledger::{Found, Ledger, boot};
 use crate::net::{Link, MacAddr, Observed};
 use crate::plan::Step;
 use crate::rollback::Before;
@@ -36,6 +36,9 @@ pub struct Trial {
     pub until: u64,
     pub state: State,
     pub before: Before,
+    /// Of the ledger, as it was before: what earlier runs have set is put back by a release still.
+    #[serde(default)]
+    pub found: BTreeMap<u32, Found>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -129,6 +132,7 @@ impl Trial {
             until: ended + window,
             state: State::Open,
             before: Before::default(),
+            found: BTreeMap::new(),
         }
     }
 
@@ -154,7 +158,10 @@ impl Trial {
     ///
     /// # Errors
     /// It cannot be written: then they must not be made, since nobody could undo them.
-    pub fn note(&mut self, steps: &[Step], observed: &Observed, directory: &Path) -> Result<()> {
+    pub fn note(&mut self, steps: &[Step], observed: &Observed, ledger: &Ledger, directory: &Path) -> Result<()> {
+        if !self.has_begun() {
+            self.found.clone_from(&ledger.links);
+        }
         self.before = self.before.noting(steps, observed);
         self.save(directory).context("nothing that could not be rolled back is done")
     }

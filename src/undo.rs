@@ -87,7 +87,7 @@ pub async fn roll_back(trial: &mut Trial, why: &str, netlink: &mut Netlink, opti
         if plan.steps.is_empty() {
             plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
             // Whatever is changed from now on is changed by others.
-            let noted = ledger.of_what_differs(&observed);
+            let noted = ledger.with_links(&trial.found, &observed);
             keep(&mut ledger, noted, options);
             break;
         }
@@ -140,13 +140,13 @@ pub async fn take_away(eni: Option<&str>, options: &Options) -> Result<Report> {
         if plan.steps.is_empty() {
             report.unsettled = plan.notes;
             // What stays has to be known as ours to the one who comes back for it, and an old kernel does not tell.
-            if report.unsettled.is_empty() {
-                let left = match share {
-                    Some(share) => ledger.without(share.link),
-                    None => ledger.only_of(&ignored_links(&netlink.observe().await?, &options.config)),
-                };
-                ledger::save(&left, &options.directory);
-            }
+            let observed = netlink.observe().await?;
+            let left = match share {
+                _ if !report.unsettled.is_empty() => ledger.of_what_differs(&observed),
+                Some(share) => ledger.without(share.link),
+                None => ledger.only_of(&ignored_links(&observed, &options.config)),
+            };
+            ledger::save(&left, &options.directory);
             return Ok(report);
         }
         if round == ROUNDS {

@@ -616,6 +616,65 @@ fn what_is_set_after_a_rollback_stays_after_a_release() {
     });
 }
 
+/// Nor what is set while a run is on trial, and so stays after the rollback.
+#[test]
+fn what_is_set_during_a_trial_stays_after_a_release() {
+    inside(|| {
+        with_two_enis(|machine| {
+            let guard = Guard::waiting(machine, "--confirm 60")?;
+            ip("link set eth02 mtu 4000")?;
+            ip("addr add 10.77.0.1/24 dev eth02")?;
+            guard.signal(libc::SIGTERM);
+            guard.ends(1, "ended by SIGTERM")?;
+            let set = settled_dump()?;
+            ensure!(ip("link show eth02")?.contains("mtu 4000"), "the rollback has taken it back");
+            says(machine, "release", 0, "")?;
+            assert_same(&set, "after a release")?;
+            ip("addr del 10.77.0.1/24 dev eth02")?;
+            let set = settled_dump()?;
+            says(machine, "release", 0, "")?;
+            assert_same(&set, "after another release")
+        })
+    });
+}
+
+/// What a run on trial has found was made by the run before, and a release puts back what that one has found.
+#[test]
+fn what_an_earlier_run_has_set_is_put_back_by_a_release_after_a_rollback() {
+    type Happens = fn(&mut Machine) -> Result<()>;
+    let happens: [Happens; 3] = [
+        |machine| {
+            let mut told = with_a_long_id()?;
+            told.retain(|key, _| !key.contains("macs/02:00:00:00:00:02/"));
+            machine.publish(told);
+            Ok(())
+        },
+        |machine| machine.configure("[[eni]]\nmac = '02:00:00:00:00:02'\nmtu = 1400\n"),
+        |_| {
+            ip("link set eth02 mtu 1500")?;
+            ip("addr flush dev eth02")?;
+            ip("link set eth02 down").map(|_| ())
+        },
+    ];
+    inside(|| {
+        for kernel in [Kernel::Own, Kernel::Old] {
+            for happens in happens {
+                with_two_enis(|machine| {
+                    machine.kernel = kernel;
+                    let found = settled_dump()?;
+                    machine.reconcile(0)?;
+                    happens(machine)?;
+                    says(machine, "reconcile --confirm 1 --timeout 5s", 1, "rolled back")?;
+                    machine.configure("")?;
+                    says(machine, "release", 0, "")?;
+                    assert_same(&found, "after a release")
+                })?;
+            }
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn what_was_rolled_back_is_not_done_by_itself_after_a_run_by_hand_that_came_to_nothing() {
     inside(|| {
@@ -1015,8 +1074,9 @@ fn die_after(k: usize, machine: &Machine, scenario: &Scenario) -> Result<(Trial,
     fs::create_dir_all(&machine.directory)?;
     let mut trial = Trial::new(scenario.attached.primary, Duration::from_secs(60), 0, 0);
     trial.until = 1;
-    trial.note(&steps, &observed, &machine.directory)?;
-    ledger::save(&ledger::load(&machine.directory).noting(&steps, &observed), &machine.directory);
+    let ledger = ledger::load(&machine.directory);
+    trial.note(&steps, &observed, &ledger, &machine.directory)?;
+    ledger::save(&ledger.noting(&steps, &observed), &machine.directory);
     carry_out(&steps[..k.min(steps.len())])?;
     Ok((trial, steps.len()))
 }

@@ -196,6 +196,28 @@ fn what_is_noted_of_an_ignored_eni_is_known_after_a_release_of_the_rest() {
     });
 }
 
+/// What has been put back is not put back again by the next release, though something else had to stay.
+#[test]
+fn a_release_that_leaves_something_knows_no_more_of_what_it_has_put_back() {
+    inside(|| {
+        with_two_enis(|machine| {
+            fs::write("/proc/sys/net/ipv4/conf/eth02/promote_secondaries", "0")?;
+            machine.reconcile(0)?;
+            ip("addr add 10.0.1.99/24 dev eth02 noprefixroute")?;
+            let release = machine.eniup("release")?;
+            ensure!(release.exit == 1 && ip("addr show eth02")?.contains("10.0.1.20/24"), "{}", release.stderr);
+            ip("link set eth02 mtu 1400")?;
+            ip("link property add dev eth02 altname device-number-1")?;
+            let set = settled_dump()?;
+            let again = machine.eniup("release")?;
+            ensure!(again.exit == 1, "{}", again.stderr);
+            let difference = difference(&set, &settled_dump()?);
+            ensure!(difference.is_empty(), "{difference}");
+            Ok(())
+        })
+    });
+}
+
 /// There is no ::1 then, whose mark tells that the kernel keeps marks.
 #[test]
 fn without_ipv6_an_address_that_took_the_place_of_ours_is_not_ours() {

@@ -387,6 +387,42 @@ fn watch_stays_though_no_dump_can_be_used_for_a_while() {
     });
 }
 
+/// The kernel tells of a change once, so a look that fails is not the last one.
+#[test]
+fn watch_repairs_what_was_undone_while_no_dump_could_be_used() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let begun = Instant::now();
+            let is_disturbed = || (Duration::from_secs(2)..Duration::from_secs(4)).contains(&begun.elapsed());
+            let between = |datagram: Datagram| {
+                if let Datagram::Told(told) = datagram
+                    && is_disturbed()
+                {
+                    interrupt(told);
+                }
+                Ok(())
+            };
+            thread::scope(|scope| {
+                let undoes = scope.spawn(|| -> Result<()> {
+                    thread::sleep(Duration::from_secs(3).saturating_sub(begun.elapsed()));
+                    ensure!(is_disturbed(), "too late");
+                    ip("addr del 10.0.1.21/32 dev eth02")?;
+                    let is_back = || Ok::<_, anyhow::Error>(ip("addr show eth02")?.contains("10.0.1.21"));
+                    while begun.elapsed() < Duration::from_secs(15) && !is_back()? {
+                        thread::sleep(Duration::from_millis(20));
+                    }
+                    end_child("watch")?;
+                    ensure!(is_back()?, "it is not back");
+                    Ok(())
+                });
+                let run = machine.eniup_with(between, "watch --interval 1h")?;
+                undoes.join().expect("it has not panicked").with_context(|| run.stderr)
+            })
+        })
+    });
+}
+
 #[test]
 fn a_dump_that_a_change_interrupts_is_repeated() {
     inside(|| {

@@ -10,7 +10,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use support::machine::{Machine, difference, inside, ip, read_leaves, run, scenario, with_scenario, with_two_enis};
+use support::machine::{
+    Machine, age_arrivals, difference, inside, ip, read_leaves, run, scenario, with_scenario, with_two_enis,
+};
 use support::moments::settled_dump;
 use vpc_lab::imds::{Action, Faults, Occurrences, Rule};
 
@@ -332,13 +334,134 @@ fn a_run_that_reads_metadata_again_keeps_nobody_out() {
             machine.reconcile(0)?;
             let silent = Rule::new("*", Occurrences::Always, Action::Hang);
             machine.service.set_faults(Faults { rules: vec![silent], ..Faults::default() });
-            until("it reads again", || Ok(is_held(machine)))?;
+            machine.service.reset_counters();
+            until("it reads again", || Ok(machine.service.requests().faults > 0))?;
             let started = Instant::now();
             let release = machine.eniup("release --timeout 5s")?;
             ensure!(release.exit == 0, "{}: {}", release.exit, release.stderr);
             ensure!(started.elapsed() < Duration::from_secs(3), "it was kept out for {:?}", started.elapsed());
             machine.service.set_faults(Faults::default());
             reads.ends(75, "meanwhile somebody has released what was done")
+        })
+    });
+}
+
+/// Nor do many of them together.
+#[test]
+fn runs_that_have_to_read_metadata_again_keep_nobody_out_together() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            let lock = fs::File::options().write(true).open(machine.directory.join("lock"))?;
+            lock.lock()?;
+            let asked = |machine: &Machine| machine.service.requests().gets_by_path.values().sum::<u64>();
+            let waits = |_| -> Result<Meanwhile> {
+                let before = asked(machine);
+                let waits = Meanwhile::start(machine, "reconcile --automatic --timeout 12s")?;
+                until("it reads", || Ok(asked(machine) > before))?;
+                Ok(waits)
+            };
+            let waiting = (0..8).map(waits).collect::<Result<Vec<Meanwhile>>>()?;
+            sleep(Duration::from_millis(1500));
+            let silent = Rule::new("*", Occurrences::Always, Action::Hang);
+            machine.service.set_faults(Faults { rules: vec![silent], ..Faults::default() });
+            drop(lock);
+            let started = Instant::now();
+            let release = machine.eniup("release --timeout 5s")?;
+            ensure!(release.exit == 0, "{}: {}", release.exit, release.stderr);
+            ensure!(started.elapsed() < Duration::from_secs(3), "it was kept out for {:?}", started.elapsed());
+            machine.service.set_faults(Faults::default());
+            waiting.into_iter().try_for_each(|run| run.ends(75, "meanwhile somebody has released"))
+        })
+    });
+}
+
+/// Then it is metadata that is not to be had.
+#[test]
+fn a_run_that_cannot_read_metadata_again_says_so() {
+    inside(|| {
+        with_two_enis(|machine| {
+            machine.reconcile(0)?;
+            ip("addr del 10.0.1.21/32 dev eth02")?;
+            let lock = fs::File::options().write(true).open(machine.directory.join("lock"))?;
+            lock.lock()?;
+            machine.service.reset_counters();
+            let waits = Meanwhile::start(machine, "reconcile --timeout 4s")?;
+            until("it reads", || Ok(machine.service.requests().gets_by_path.values().sum::<u64>() > 0))?;
+            sleep(Duration::from_millis(1500));
+            let silent = Rule::new("*", Occurrences::Always, Action::Hang);
+            machine.service.set_faults(Faults { rules: vec![silent], ..Faults::default() });
+            drop(lock);
+            waits.ends(69, "instance metadata")?;
+            ensure!(!ip("addr show eth02")?.contains("10.0.1.21"), "it was done by what was older");
+            Ok(())
+        })
+    });
+}
+
+/// One ENI that cannot be read any more is pending, as for a run that waits.
+#[test]
+fn what_cannot_be_read_again_keeps_no_other_from_being_done() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            machine.reconcile(0)?;
+            let mut leaves = told(THREE)?;
+            let list = "network/interfaces/macs/02:00:00:00:00:03/local-ipv4s";
+            *leaves.get_mut(list).context("no list")? += "\n10.0.1.77";
+            machine.publish(leaves);
+            let reads = reading_the_rest(machine, "reconcile --timeout 6s")?;
+            eniup::lock::count_change(&machine.directory);
+            let refused = Rule::new("*/02:00:00:00:00:02/local-ipv4s", Occurrences::Always, Action::Status(503));
+            machine.service.set_faults(Faults { rules: vec![refused], ..Faults::default() });
+            reads.ends(3, "eni-02 is pending")?;
+            ensure!(ip("addr show eth03")?.contains("10.0.1.77"), "the other ENI was not done");
+            Ok(())
+        })
+    });
+}
+
+/// Whoever stays goes by nothing that is older than what another run has read meanwhile, either.
+#[test]
+fn watch_does_nothing_by_what_is_older_than_another_runs_reading() {
+    inside(|| {
+        with_scenario(THREE, |machine| {
+            let with_one_more_on = |eni: u8| -> Result<Leaves> {
+                let mut leaves = told(THREE)?;
+                let list = format!("network/interfaces/macs/02:00:00:00:00:0{eni}/local-ipv4s");
+                *leaves.get_mut(&list).context("no list")? += "\n10.0.1.77";
+                Ok(leaves)
+            };
+            machine.publish(with_one_more_on(2)?);
+            machine.reconcile(0)?;
+            age_arrivals(machine, 120_000)?;
+            let watch = Meanwhile::start(machine, "watch --interval 500ms")?;
+            sleep(Duration::from_secs(2));
+            let slow = Rule::new(
+                "*/02:00:00:00:00:03/device-number",
+                Occurrences::FirstN(1),
+                Action::Delay(Duration::from_millis(1800)),
+            );
+            machine.service.set_faults(Faults { rules: vec![slow], ..Faults::default() });
+            machine.service.reset_counters();
+            machine.publish(with_one_more_on(3)?);
+            until("both lists are read", || {
+                let requests = machine.service.requests();
+                let is_read = |eni: u8| {
+                    let end = format!("02:00:00:00:00:0{eni}/local-ipv4s");
+                    requests.gets_by_path.keys().any(|path| path.ends_with(&end))
+                };
+                Ok(requests.faults > 0 && is_read(2) && is_read(3))
+            })?;
+            machine.publish(with_one_more_on(2)?);
+            let younger = machine.eniup("reconcile --automatic --timeout 1s")?;
+            ensure!(younger.exit == 0, "{}: {}", younger.exit, younger.stderr);
+            let seen = Instant::now();
+            while seen.elapsed() < Duration::from_secs(4) {
+                ensure!(ip("addr show eth02")?.contains("10.0.1.77"), "watch has moved it by what was older");
+                sleep(Duration::from_millis(10));
+            }
+            watch.signal(libc::SIGTERM);
+            watch.ends(0, "")
         })
     });
 }

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::{Config, Problems};
 use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
-use crate::lock::{self, Deeds};
+use crate::lock::{self, Past};
 use crate::metrics_file;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
@@ -85,9 +85,9 @@ struct State<'a> {
     cpu_before: Duration,
     reading: Option<Reading>,
     /// What was done in all turns before the reading, and what this process has done since.
-    known: Deeds,
+    known: Past,
     /// The same of the reading that is asked for.
-    asked: Deeds,
+    asked: Past,
     /// Nothing was wrong, and the kernel had no more than metadata tells of: proof that something is gone takes whole readings.
     is_plain: bool,
     /// All was as it should be, and nothing has changed since.
@@ -125,8 +125,8 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         settle_by: None,
         cpu_before: Duration::ZERO,
         reading: None,
-        known: Deeds::default(),
-        asked: Deeds::default(),
+        known: Past::default(),
+        asked: Past::default(),
         is_plain: false,
         is_settled: false,
         expected: BTreeSet::new(),
@@ -220,7 +220,7 @@ impl State<'_> {
     async fn ask(&mut self) {
         if self.asking.is_none() {
             self.cpu_before = cpu_time();
-            self.asked = self.deeds();
+            self.asked = self.past();
             let surroundings = match self.imds {
                 Some(_) => None,
                 None => match self.netlink.observe().await {
@@ -240,9 +240,9 @@ impl State<'_> {
         }
     }
 
-    /// What was done in all turns. Who cannot read it cannot have a turn either, and does nothing.
-    fn deeds(&self) -> Deeds {
-        lock::deeds(&self.options.directory).unwrap_or_default()
+    /// What was done and read in all turns. Who cannot know it cannot have a turn either, and does nothing.
+    fn past(&self) -> Past {
+        lock::past(&self.options.directory).unwrap_or_default()
     }
 
     /// Whether something is to be done by what metadata said last. If so it is asked once more; but a service that did not answer
@@ -251,11 +251,11 @@ impl State<'_> {
     async fn look(&mut self) {
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
         let Some(reading) = &self.reading else { return };
-        let deeds = self.deeds();
+        let past = self.past();
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
-            Ok(_) if deeds != self.known => {
+            Ok(_) if past != self.known => {
                 // Once for each deed: who does not answer is not asked again by every change.
-                if deeds != self.asked {
+                if past != self.asked {
                     self.ask().await;
                 }
             }
@@ -265,7 +265,11 @@ impl State<'_> {
             }
             Ok(true) => self.settle().await,
             Ok(false) => {}
-            Err(error) => self.say(vec![format!("{error:#}").into()]),
+            // The kernel does not tell of a change a second time.
+            Err(error) => {
+                self.settle_by = Some(Instant::now() + NEXT_TURN);
+                self.say(vec![format!("{error:#}").into()]);
+            }
         }
         if self.expects_more().await {
             self.ask().await;
@@ -322,7 +326,7 @@ impl State<'_> {
         }
         self.expects_more().await;
         // Another run may have done something while it was asked.
-        match self.deeds() != self.known && !self.cadence.is_failing() {
+        match self.past() != self.known && !self.cadence.is_failing() {
             true => self.cadence.ask_at_once(),
             false => self.ask_later(),
         }
