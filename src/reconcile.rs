@@ -1,6 +1,6 @@
 //! The whole run, from top to bottom: read metadata, decide, observe, plan, apply, plan again and expect nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +14,7 @@ use crate::ledger::{self, Ledger, Noted};
 use crate::lock::{self, Past, Turn};
 use crate::machine_files;
 use crate::metadata::{self, Unusable};
-use crate::net::{MacAddr, Observed};
+use crate::net::{Link, MacAddr, Observed};
 use crate::netlink::Netlink;
 use crate::plan::{Plan, Step, plan};
 use crate::policy;
@@ -257,13 +257,10 @@ async fn differing(netlink: &mut Netlink, reading: &Reading, options: &Options) 
     Ok(plan(&desired(&attached, &options.config), &observed, attached.primary, &options.config).steps)
 }
 
-/// The links that metadata may come to tell of, by name.
-///
-/// # Errors
-/// No netlink.
-pub async fn unlisted(netlink: &mut Netlink, reading: &Reading, config: &Config) -> Result<BTreeSet<String>> {
-    let observed = Observed { links: netlink.links().await?, ..Observed::default() };
-    Ok(unlisted_links(&reading.all, &observed, config).into_iter().map(|link| link.name.clone()).collect())
+/// Of these links the ones that metadata may come to tell of, by name.
+pub fn unlisted(links: BTreeMap<u32, Link>, reading: &Reading, config: &Config) -> BTreeSet<String> {
+    let observed = Observed { links, ..Observed::default() };
+    unlisted_links(&reading.all, &observed, config).into_iter().map(|link| link.name.clone()).collect()
 }
 
 /// The same for whoever stays: with a reading from before, and for as long as it takes to have one's turn. `known` is what was

@@ -215,6 +215,29 @@ fn an_eni_whose_link_comes_is_asked_for_until_metadata_tells_of_it() {
     });
 }
 
+/// Between two looks it is detached and attached as another device, which a few requests do not tell.
+#[test]
+fn an_eni_that_comes_back_as_another_device_is_read_as_a_whole() {
+    vpc_lab::inside(|| {
+        let mut web = watched()?;
+        let watch = Watch::of(&web.lab, &["--interval", "500ms"])?;
+        until("the second ENI answers", || web.answers("10.0.1.20"))?;
+        let third =
+            web.lab.create_network_interface(CreateEni { subnet: web.subnets[2].clone(), ..CreateEni::default() })?;
+        web.lab.attach_network_interface(&third, "web", 0, 2)?;
+        until("it is configured", || Ok(web.ip("rule")?.contains("lookup 20002")))?;
+        // It is told by glances from now on.
+        std::thread::sleep(Duration::from_secs(2));
+        watch.signal(libc::SIGSTOP);
+        web.lab.detach_network_interface(&third)?;
+        web.lab.attach_network_interface(&third, "web", 0, 3)?;
+        watch.signal(libc::SIGCONT);
+        until("it is another device", || Ok(web.ip("rule")?.contains("lookup 20003")))?;
+        until("nothing is left of what it was", || Ok(!web.ip("rule")?.contains("lookup 20002")))?;
+        Ok(())
+    });
+}
+
 /// Metadata is asked once an hour, so it is the kernel that tells.
 #[test]
 fn what_others_undo_is_repaired_when_the_kernel_tells() {

@@ -19,6 +19,7 @@ use crate::fights::Fights;
 use crate::imds::{Imds, Surroundings};
 use crate::lock::{self, Past};
 use crate::metrics_file;
+use crate::net::MacAddr;
 use crate::netlink::Netlink;
 use crate::netlink::events::Events;
 use crate::reading::{Reading, since_boot};
@@ -92,6 +93,8 @@ struct State<'a> {
     is_plain: bool,
     /// All was as it should be, and nothing has changed since.
     is_settled: bool,
+    /// The links of the ENIs that metadata tells of, by MAC and index.
+    links: BTreeSet<(MacAddr, u32)>,
     /// What metadata is expected to tell of.
     expected: BTreeSet<String>,
     /// Of these the ENIs that were pending when all was settled last.
@@ -129,6 +132,7 @@ pub async fn watch(options: Options, watch: &Watch) -> Result<()> {
         asked: Past::default(),
         is_plain: false,
         is_settled: false,
+        links: BTreeSet::new(),
         expected: BTreeSet::new(),
         pending: BTreeSet::new(),
         fights: Fights::default(),
@@ -250,6 +254,7 @@ impl State<'_> {
     /// done before there is an answer.
     async fn look(&mut self) {
         self.options.held_back = self.fights.held_back(self.begun.elapsed());
+        let has_moved = self.has_moved().await;
         let Some(reading) = &self.reading else { return };
         let past = self.past();
         match reconcile::may_differ(&mut self.netlink, reading, &self.options).await {
@@ -271,16 +276,33 @@ impl State<'_> {
                 self.say(vec![format!("{error:#}").into()]);
             }
         }
-        if self.expects_more().await {
+        if self.expects_more().await || has_moved {
             self.ask().await;
         }
+    }
+
+    /// Whether an ENI's link has come, gone, or come again since this was asked last. It may be another device by now, of which a glance
+    /// tells nothing, and so may what is being read.
+    async fn has_moved(&mut self) -> bool {
+        let (Some(reading), Ok(links)) = (&self.reading, self.netlink.links().await) else { return false };
+        let macs: BTreeSet<MacAddr> = reading.all.macs().collect();
+        let of_enis = links.values().filter_map(|link| Some((link.mac.filter(|mac| macs.contains(mac))?, link.index)));
+        let links = of_enis.collect();
+        let has_moved = self.links != links;
+        if has_moved {
+            self.links = links;
+            self.cadence.ask_for_all();
+            self.asking = None;
+        }
+        has_moved
     }
 
     /// Whether metadata is expected to tell of something of which it was not before.
     async fn expects_more(&mut self) -> bool {
         let Some(reading) = &self.reading else { return false };
-        match reconcile::unlisted(&mut self.netlink, reading, &self.options.config).await {
-            Ok(unlisted) => {
+        match self.netlink.links().await {
+            Ok(links) => {
+                let unlisted = reconcile::unlisted(links, reading, &self.options.config);
                 let expected = &unlisted | &self.pending;
                 let is_more = !expected.is_subset(&self.expected);
                 self.expected = expected;
