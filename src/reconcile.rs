@@ -34,8 +34,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How long a turn may be in coming for what was read of metadata.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// How long reading all of metadata again may take while others are kept out.
-const QUICK: Duration = Duration::from_millis(500);
+/// How long reading all of metadata again may take while others are kept out: this, and twice as long as without the turn right before,
+/// which on a busy machine is long.
+const HOLD: Duration = Duration::from_millis(500);
+const LONGEST_HOLD: Duration = Duration::from_secs(2);
 
 /// Makes the kernel agree with metadata, waiting for pending ENIs until the deadline.
 ///
@@ -137,7 +139,7 @@ async fn turn_with(
     options: &Options,
 ) -> Result<(Turn, Ledger, Reading)> {
     let decisions = before.deeds.decisions;
-    let mut was_overtaken = false;
+    let mut took = None;
     loop {
         let asked = Instant::now();
         let (turn, ledger) = take_turn(netlink, options).await?;
@@ -151,16 +153,18 @@ async fn turn_with(
         if !is_overtaken && asked.elapsed() <= FRESH {
             return Ok((turn, ledger, reading));
         }
-        if std::mem::replace(&mut was_overtaken, true)
-            && let Ok(again) =
-                read_anew(&reading, imds, options.deadline.min(Instant::now() + QUICK), &options.config).await
-        {
-            imds.end_by(options.deadline);
-            return Ok((turn, ledger, again));
+        if let Some(took) = took {
+            let deadline = options.deadline.min(Instant::now() + LONGEST_HOLD.min(HOLD + took * 2));
+            if let Ok(again) = read_anew(&reading, imds, deadline, &options.config).await {
+                imds.end_by(options.deadline);
+                return Ok((turn, ledger, again));
+            }
         }
         before = now;
         drop(turn);
+        let begun = Instant::now();
         reading = read_anew(&reading, imds, options.deadline, &options.config).await?;
+        took = Some(begun.elapsed());
     }
 }
 
